@@ -1,0 +1,1 @@
+"""Normalization for PyTorch as one idea."""
