@@ -170,6 +170,11 @@ class Pattern:
         """Position of the "..." among the parts."""
         return next((i for i, part in enumerate(self.parts) if part.name == ELLIPSIS), None)
 
+    @cached_property
+    def least(self) -> int:
+        """The number of axes that the pattern names, the smallest rank that fits."""
+        return len({part.axis for part in self.parts if part.name != ELLIPSIS})
+
     def at(self, rank: int) -> Scope:
         """The scope for tensors with `rank` axes.
 
@@ -181,7 +186,7 @@ class Pattern:
 
 @lru_cache(maxsize=512)
 def _fit(pattern: Pattern, rank: int) -> Scope:
-    least = len({part.axis for part in pattern.parts if part.name != ELLIPSIS})
+    least = pattern.least
     if rank < least or (pattern.ellipsis is None and rank > least):
         at_least = "" if pattern.ellipsis is None else " or more"
         raise ShapeError(

@@ -1,0 +1,35 @@
+"""Real data for demos, tests and experiments: `load(name)` → `DataSet`. Nothing is ever downloaded.
+
+A new data set is one function that returns a `DataSet` and one line in `LOADERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from normscope.data.dataset import DataSet as DataSet
+from normscope.data.digits import load_digits as load_digits
+from normscope.data.mnist import find_mnist as find_mnist
+from normscope.data.mnist import load_mnist as load_mnist
+from normscope.errors import DataError
+
+__all__ = ["LOADERS", "DataSet", "find_mnist", "load", "load_digits", "load_mnist"]
+
+LOADERS: dict[str, Callable[[], DataSet]] = {
+    "digits": load_digits,
+    "mnist": load_mnist,
+}
+
+
+def load(name: str) -> DataSet:
+    """The data set called `name`; "auto" is MNIST where NORMSCOPE_DATA leads to it, else the embedded digits.
+
+    Raises:
+        DataError: no such data set, or its files are absent or damaged. A damaged MNIST is an error under "auto" too:
+            quietly measuring something else would be worse.
+    """
+    if name == "auto":
+        name = "digits" if find_mnist() is None else "mnist"
+    if name not in LOADERS:
+        raise DataError(f"there is no data set called {name!r}", cure=f"choose one of auto, {', '.join(LOADERS)}")
+    return LOADERS[name]()

@@ -1,0 +1,81 @@
+"""MNIST from a local folder: 60,000 training and 10,000 test images of handwritten digits, 28×28 pixels.
+
+Source: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits", 1998. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from normscope.data.dataset import DataSet
+from normscope.data.idx import read_idx
+from normscope.errors import DataError
+
+__all__ = ["FOLDER_VARIABLE", "find_mnist", "load_mnist"]
+
+FOLDER_VARIABLE = "NORMSCOPE_DATA"
+
+# Part → (file, shape, sha256 of the compressed file as first published).
+FILES: dict[str, tuple[str, tuple[int, ...], str]] = {
+    "train_x": (
+        "train-images-idx3-ubyte.gz",
+        (60000, 28, 28),
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    ),
+    "train_y": (
+        "train-labels-idx1-ubyte.gz",
+        (60000,),
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    ),
+    "test_x": (
+        "t10k-images-idx3-ubyte.gz",
+        (10000, 28, 28),
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    ),
+    "test_y": (
+        "t10k-labels-idx1-ubyte.gz",
+        (10000,),
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+    ),
+}
+
+
+def find_mnist() -> Path | None:
+    """The folder with MNIST: `$NORMSCOPE_DATA/mnist` or `$NORMSCOPE_DATA` itself, or None where neither has a file of it."""
+    root = os.environ.get(FOLDER_VARIABLE, "")
+    if not root:
+        return None
+    folders = (Path(root) / "mnist", Path(root))
+    names = [name for name, _, _ in FILES.values()]
+    # A folder of Fashion-MNIST has files of the same names; it lies in its own subfolder and is never looked at here.
+    return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
+
+
+def load_mnist() -> DataSet:
+    """MNIST from the folder named in the environment variable NORMSCOPE_DATA, checksums verified.
+
+    Raises:
+        DataError: the variable or a file is absent, or a file is damaged or of the wrong shape.
+    """
+    folder = find_mnist()
+    if folder is None:
+        root = os.environ.get(FOLDER_VARIABLE, "")
+        raise DataError(
+            f"MNIST was not found in {root}" if root else f"MNIST needs the environment variable {FOLDER_VARIABLE}",
+            cure=f"put {', '.join(name for name, _, _ in FILES.values())} into <folder>/mnist "
+            f"and set {FOLDER_VARIABLE}=<folder>; or use the embedded digits",
+        )
+    part = {key: read_idx(folder / name, shape=shape, sha256=sha) for key, (name, shape, sha) in FILES.items()}
+    return DataSet(
+        name="mnist",
+        title="MNIST, handwritten digits, 28×28 pixels",
+        train_x=part["train_x"],
+        train_y=part["train_y"],
+        test_x=part["test_x"],
+        test_y=part["test_y"],
+        top=255,
+        classes=10,
+        source="Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST database of handwritten digits, 1998",
+        licence="not stated by the authors",
+    )

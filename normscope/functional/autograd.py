@@ -1,0 +1,146 @@
+"""Two doors to one formula.
+
+*Plain eager* goes through `_Normalize`: it saves x and a few numbers per set, and computes the gradient from the
+hand-derived formula. *Everything else* (torch.compile, torch.export, torch.func, forward mode, tracing) sees the same
+kernels as plain torch operators, so that every transformation works and nothing of ours is left in an exported graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normscope.kernels import COMPUTE_DTYPE, eager
+from normscope.kernels.activations import ACTIVATIONS
+from normscope.kernels.formula import Formula
+
+__all__ = ["Operands", "normalize_parts"]
+
+
+class Operands(NamedTuple):
+    """The tensors of one normalization; all broadcast against x seen through its parts.
+
+    Attributes:
+        x: The tensor to normalize.
+        weight: γ.
+        bias: β.
+        residual: Added before the activation.
+        mean: Given μ_S instead of the data's.
+        var: Given σ²_S.
+        mask: Cells to keep.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    mask: Tensor | None
+
+    def computed(self) -> Operands:
+        """The operands in the dtype of the computation."""
+        dtype = COMPUTE_DTYPE[self.x.dtype]
+        return Operands(*(t if t is None or t.dtype == torch.bool else t.to(dtype) for t in self))
+
+
+def normalize_parts(operands: Operands, formula: Formula) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula on a tensor seen through its parts.
+
+    Returns:
+        y in x's dtype, and the mean and variance that were used, in the dtype of the computation, with size one in
+        the averaged parts; these two are without gradient.
+    """
+    if _plain() and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        y, mean, var = _Normalize.apply(formula, *operands)
+    else:
+        y, stats = _forward(operands, formula)
+        mean, var = stats.mean.detach(), stats.var.detach()
+    return y, mean, var
+
+
+def _plain() -> bool:
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _forward(operands: Operands, formula: Formula) -> tuple[Tensor, eager.Statistics]:
+    o = _clean(operands.computed())
+    stats = _statistics(o, formula)
+    y = eager.apply(o.x, stats, formula, o.weight, o.bias, o.residual, o.mask)
+    return y.to(operands.x.dtype), stats
+
+
+def _statistics(o: Operands, formula: Formula) -> eager.Statistics:
+    if o.mean is not None and o.var is not None:
+        return eager.Statistics(o.mean, None, o.var)
+    return eager.statistics(o.x, formula, o.mask)
+
+
+def _clean(o: Operands) -> Operands:
+    """Whatever lies outside the mask, NaN included, must not reach a gradient: 0 · NaN is NaN."""
+    if o.mask is None:
+        return o
+    residual = None if o.residual is None else torch.where(o.mask, o.residual, 0)
+    return o._replace(x=torch.where(o.mask, o.x, 0), residual=residual)
+
+
+class _Normalize(torch.autograd.Function):
+    """The formula with its hand-derived gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, formula: Formula, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        operands = Operands(*tensors)  # type: ignore[arg-type]
+        y, stats = _forward(operands, formula)
+        ctx.formula = formula
+        ctx.save_for_backward(*operands, *stats)
+        ctx.set_materialize_grads(False)
+        mean, var = stats.mean.detach(), stats.var.detach()
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gy = grads[0]
+        if gy is None:
+            return (None,) * (1 + len(Operands._fields))
+        operands = Operands(*ctx.saved_tensors[:7])
+        o = _clean(operands.computed())
+        # Under create_graph the statistics must be functions of x again, not numbers.
+        stats = _statistics(o, ctx.formula) if torch.is_grad_enabled() else eager.Statistics(*ctx.saved_tensors[7:])
+        gradients = _backward(gy.to(o.x.dtype), o, stats, ctx.formula, Operands(*ctx.needs_input_grad[1:]))
+        return None, *(
+            None if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, operands, strict=True)
+        )
+
+
+def _backward(gy: Tensor, o: Operands, stats: eager.Statistics, f: Formula, needs: Operands) -> Operands:
+    xhat = eager.xhat(o.x, stats, f)
+    gz = gy
+    if f.activation is not None:
+        gz = ACTIVATIONS[f.activation].backward(gy, eager.affine(xhat, o.weight, o.bias, o.residual))
+    if o.mask is not None:
+        gz = torch.where(o.mask, gz, 0)
+    g = gz if o.weight is None else gz * o.weight
+    dx = dmean = dvar = None
+    if o.mean is None:
+        if needs.x:
+            dx = eager.backward_apply(g, xhat, stats, f, eager.backward_reduce(g, xhat, f), o.mask)
+    else:
+        rstd = (stats.var + f.eps).rsqrt() if f.scale else torch.ones_like(stats.var)
+        dx = g * rstd if needs.x else None
+        if (needs.mean and f.center) or (needs.var and f.scale):
+            sums = eager.backward_reduce(g, xhat, f)
+            dmean = eager.sum_to(-rstd * sums[0], stats.high) if f.center else None
+            dvar = eager.sum_to(-0.5 * rstd * rstd * sums[1], stats.var) if f.scale else None
+    dweight = eager.sum_to(gz * xhat, o.weight) if needs.weight and o.weight is not None else None
+    dbias = eager.sum_to(gz, o.bias) if needs.bias and o.bias is not None else None
+    dresidual = gz if needs.residual else None
+    return Operands(dx, dweight, dbias, dresidual, dmean, dvar, None)  # type: ignore[arg-type]

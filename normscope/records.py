@@ -1,0 +1,253 @@
+"""Frozen records: the only thing that reports read, and their JSON, which loses nothing.
+
+Records hold numbers, text and other records in tuples. `to_json` writes strict JSON (no NaN literal, which most other
+readers refuse): a float that is not finite becomes the string "NaN", "Infinity" or "-Infinity", and `from_json` turns it
+back by looking at the field's type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+__all__ = [
+    "Agreement",
+    "Bands",
+    "Curve",
+    "DataCard",
+    "Figure1",
+    "Interval",
+    "Machine",
+    "Statement",
+    "TrainingRun",
+    "from_json",
+    "to_json",
+]
+
+R = TypeVar("R")
+
+Agreement = Literal["agrees", "contradicts", "open"]
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A measured value with the interval that should hold the true one."""
+
+    value: float
+    low: float
+    high: float
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Values against training steps, both of the same length."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def first_reaching(self, target: float) -> int | None:
+        """The first step at which the value is at least `target`, or None."""
+        return next((s for s, v in zip(self.steps, self.values, strict=True) if v >= target), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Bands:
+    """Three percentiles, over a fixed set of samples, of one unit's input against training steps."""
+
+    unit: int
+    percentiles: tuple[float, float, float]
+    steps: tuple[int, ...]
+    low: tuple[float, ...]
+    middle: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """One network trained once.
+
+    `drift` holds, per unit of the last hidden layer, how far the median of its input travelled (maximum − minimum over
+    training); `bands` shows the unit whose drift is the median of them.
+    """
+
+    normalized: bool
+    learning_rate: float
+    accuracy: Curve
+    final: Interval
+    bands: Bands
+    drift: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A published claim, what was measured about it, and whether the two agree.
+
+    `open` means that this measurement cannot tell.
+    """
+
+    claim: str
+    outcome: str
+    verdict: Agreement
+
+
+@dataclass(frozen=True, slots=True)
+class DataCard:
+    """What a reader must know about a data set: sizes, origin and licence."""
+
+    name: str
+    title: str
+    train: int
+    test: int
+    shape: tuple[int, ...]
+    classes: int
+    source: str
+    licence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The machine and the software that produced a record."""
+
+    cpu: str
+    cores: int
+    system: str
+    python: str
+    versions: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def measure(cls, packages: tuple[str, ...] = ("normscope", "torch", "numpy")) -> Machine:
+        """Describe this machine; `cores` counts those this process may use, versions come without importing anything."""
+        affinity = getattr(os, "sched_getaffinity", None)
+        return cls(
+            cpu=_cpu_model(),
+            cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
+            system=f"{platform.system()} {platform.machine()}",
+            python=platform.python_version(),
+            versions=tuple((name, _version(name)) for name in packages),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Figure1:
+    """The record of `normscope demo`: figure 1 of the Batch Normalization paper, measured here."""
+
+    title: str
+    data: DataCard
+    settings: tuple[tuple[str, str], ...]
+    differences: tuple[str, ...]
+    runs: tuple[TrainingRun, ...]
+    shown_rate: float
+    target: float
+    statements: tuple[Statement, ...]
+    caveat: str
+    command: str
+    seed: int
+    started: str
+    seconds: float
+    machine: Machine
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates of the runs, ascending."""
+        return tuple(sorted({run.learning_rate for run in self.runs}))
+
+    def run(self, rate: float, *, normalized: bool) -> TrainingRun:
+        """The run at one learning rate, with or without Batch Normalization."""
+        return next(run for run in self.runs if run.learning_rate == rate and run.normalized == normalized)
+
+
+def to_json(record: object) -> str:
+    """The record as strict JSON, one indented object whose `record` names its class."""
+    if not dataclasses.is_dataclass(record) or isinstance(record, type):
+        raise TypeError(f"{record!r} is not a record")
+    body = {"record": type(record).__name__, **_encode(record)}
+    return json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_json(kind: type[R], text: str) -> R:
+    """The record of class `kind` written by `to_json`.
+
+    Raises:
+        ValueError: the text is no JSON, names another record, or a field is missing, unknown or of the wrong type.
+    """
+    body = json.loads(text)
+    if not isinstance(body, dict) or body.pop("record", None) != kind.__name__:
+        raise ValueError(f"this JSON does not hold a {kind.__name__}")
+    return typing.cast(R, _decode(kind, body, kind.__name__))
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"records hold numbers, text, tuples and records, not {type(value).__name__}")
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_record(typing.cast(type, kind), value, where)
+    if origin is tuple:
+        return _decode_tuple(arguments, value, where)
+    if origin is types.UnionType:  # T | None, the only union in records
+        return None if value is None else _decode(arguments[0], value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if kind is float and isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise ValueError(f"{where}: expected {kind}, got {value!r}")
+
+
+def _decode_record(kind: type, value: Any, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    if not isinstance(value, dict) or set(value) != set(hints):
+        found = sorted(value) if isinstance(value, dict) else repr(value)
+        raise ValueError(f"{where}: expected the fields {sorted(hints)}, got {found}")
+    return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+
+
+def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: expected a list, got {value!r}")
+    kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+    if len(kinds) != len(value):
+        raise ValueError(f"{where}: expected {len(kinds)} items, got {len(value)}")
+    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Records in, pages, figures and terminal text out. Reports compute nothing that a record does not say."""
