@@ -124,8 +124,10 @@ class Call:
         return [n for n, v in self.arguments.items() if isinstance(v, Tensor) and v.requires_grad]
 
     @property
-    def positional(self) -> tuple[str, ...]:
-        return tuple(inspect.signature(getattr(F, self.function)).parameters)
+    def positional(self) -> list[Any]:
+        """All arguments by position, with torch's defaults in the gaps."""
+        parameters = inspect.signature(getattr(F, self.function)).parameters
+        return [clone(self.arguments.get(name, p.default)) for name, p in parameters.items()]
 
 
 @functools.lru_cache(maxsize=None)
@@ -147,7 +149,19 @@ def samples(function: str, dtype: torch.dtype, *, reference: bool = True) -> tup
             elif name != "input" and value is not None:
                 words.append(f"{name}={value}".replace(" ", ""))
         calls.append(Call(function, "-".join(words), bound))
-    return tuple(calls)
+    return (*calls, *without_parameters(calls[0]))
+
+
+def without_parameters(call: Call) -> Iterator[Call]:
+    """The call without γ, without β, without both: torch means to sample these, but its loop overwrites the None."""
+    present = [name for name in ("weight", "bias") if name in call.arguments]
+    for count in range(1, len(present) + 1):
+        for names in itertools.combinations(present, count):
+            yield Call(
+                call.function,
+                "-".join((call.label, "without", *names)),
+                {k: None if k in names else v for k, v in call.arguments.items()},
+            )
 
 
 def evaluate(function: Callable[..., Tensor], arguments: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -174,8 +188,9 @@ def variance(function: str, arguments: Mapping[str, Any]) -> tuple[Tensor, Tenso
     else:
         axes = tuple(a for a in range(x.dim()) if a != 1)
     given = arguments.get("running_var")
-    if given is not None and not arguments.get("training", arguments.get("use_input_stats", False)):
-        shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    from_input = arguments.get("use_input_stats", True) if function == "instance_norm" else arguments.get("training")
+    if given is not None and not from_input:
+        shape = [-1 if axis == min(1, x.dim() - 1) else 1 for axis in range(x.dim())]
         return (x - arguments["running_mean"].detach().double().reshape(shape)), given.detach().double().reshape(shape)
     centred = x if function == "rms_norm" else x - x.mean(axes, keepdim=True)
     return centred, centred.square().mean(axes, keepdim=True)
@@ -193,6 +208,8 @@ def scales(function: str, arguments: Mapping[str, Any], seed: int) -> dict[str, 
     weight, bias = arguments.get("weight"), arguments.get("bias")
     w, b = (1.0 if weight is None else largest(weight)), largest(bias)
     x = arguments["input"]
+    if x.dtype == torch.float64:  # here the truth is rounded too: torch's kernels keep the mean as one number
+        h += r * largest(x)
     g = largest(random_like(x, seed))
     terms = math.sqrt(max(x.numel() / max(weight.numel() if weight is not None else 1, 1), 1))
     momentum = abs(arguments.get("momentum", 0.1))

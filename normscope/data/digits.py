@@ -49,7 +49,7 @@ def load_digits() -> DataSet:
         x, y = archive["x"], archive["y"]
     return DataSet(
         name="digits",
-        title="handwritten digits, 8×8 pixels (UCI)",
+        title="UCI handwritten digits",
         train_x=x[:TRAIN],
         train_y=y[:TRAIN],
         test_x=x[TRAIN:],

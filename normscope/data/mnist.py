@@ -69,7 +69,7 @@ def load_mnist() -> DataSet:
     part = {key: read_idx(folder / name, shape=shape, sha256=sha) for key, (name, shape, sha) in FILES.items()}
     return DataSet(
         name="mnist",
-        title="MNIST, handwritten digits, 28×28 pixels",
+        title="MNIST",
         train_x=part["train_x"],
         train_y=part["train_y"],
         test_x=part["test_x"],

@@ -14,7 +14,7 @@ from normscope.functional.autograd import Operands, normalize_parts
 from normscope.kernels import COMPUTE_DTYPE
 from normscope.kernels.activations import ACTIVATIONS
 from normscope.kernels.formula import Formula
-from normscope.scope import Scope, parse
+from normscope.scope import Part, Scope, parse
 
 __all__ = ["View", "check_activation", "check_degenerate", "check_dtype", "run", "scope_of", "view_of"]
 
@@ -32,10 +32,16 @@ _SCALAR_NAMES = {
 }
 
 
-@torch.compiler.assume_constant_result
 def scope_of(pattern: str, rank: int) -> Scope:
     """The scope that a pattern means for tensors of a rank."""
+    if torch.compiler.is_compiling():  # the compiler takes only plain tuples for constants
+        return Scope(pattern, tuple(Part(*fields) for fields in _parts(pattern, rank)))
     return parse(pattern).at(rank)
+
+
+@torch.compiler.assume_constant_result
+def _parts(pattern: str, rank: int) -> tuple[tuple[str, int, bool, int], ...]:
+    return tuple((part.name, part.axis, part.averaged, part.column) for part in parse(pattern).at(rank).parts)
 
 
 def check_dtype(x: Tensor, what: str) -> None:
@@ -84,7 +90,7 @@ class View:
     @property
     def cells(self) -> int:
         """|S|."""
-        return math.prod(self.sizes[i] for i in self.scope.inside)
+        return math.prod([self.sizes[i] for i in self.scope.inside])
 
     def unfold(self, t: Tensor) -> Tensor:
         """A tensor of x's shape through its parts."""

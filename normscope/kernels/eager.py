@@ -136,7 +136,7 @@ def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _count(x: Tensor, inside: Sequence[int], keep: Tensor | None) -> int | Tensor:
     if keep is None:
-        return math.prod(x.shape[i] for i in inside)
+        return math.prod([x.shape[i] for i in inside])
     return keep.sum(inside, keepdim=True).clamp(min=1)
 
 

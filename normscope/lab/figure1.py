@@ -77,13 +77,13 @@ class Settings:
             raise ArgumentError("warmup must lie between 0 and steps", warmup=self.warmup, steps=self.steps)
         if not self.hidden or min(*self.hidden, self.probes, self.probe_samples) < 1:
             raise ArgumentError("hidden, probes and probe_samples must be positive")
-        if not 0 <= self.seed < 2**63:
-            raise ArgumentError("seed must lie between 0 and 2⁶³ − 1", seed=self.seed)
+        if not 0 <= self.seed <= 2**62:
+            raise ArgumentError("seed must lie between 0 and 2⁶²", seed=self.seed)
 
     @classmethod
     def quick(cls, seed: int = 0) -> Settings:
         """A few seconds: without the slow rate, at which so short a training shows nothing."""
-        return cls(learning_rates=(1.0, 10.0), steps=500, probes=20, seed=seed)
+        return cls(learning_rates=(1.0, 10.0), steps=400, probes=20, seed=seed)
 
     @property
     def schedule(self) -> tuple[int, ...]:

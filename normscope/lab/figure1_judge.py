@@ -50,7 +50,7 @@ def _rates(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], target: 
     without, having = trained(plain), trained(normed)
     highest_without, highest_having = max(without, default=0.0), max(having, default=0.0)
     return Statement(
-        claim="It allows much higher learning rates.",
+        claim="BN allows much higher learning rates.",
         outcome=f"Of {len(normed)} learning rates, the network with BN trained at {_listed(having)}, the one without at "
         f"{_listed(without)}. Trained means {target:.1%} of the test set right at the end, which is {TARGET:.0%} of the "
         "best result.",
@@ -65,7 +65,7 @@ def _speed(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], target: 
     if math.isfinite(ratio):
         outcome += f", {_times(ratio)} as many"
     return Statement(
-        claim="It trains in fewer steps.",
+        claim="BN trains in fewer steps.",
         outcome=outcome + ".",
         verdict=_sign(without[0] - having[0]) if math.isnan(ratio) else _factor(ratio),
     )
@@ -77,7 +77,7 @@ def _accuracy(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], steps
     low, high = _difference(having.final, without.final)
     verdict: Agreement = "agrees" if low > 0 else "contradicts" if high < 0 else "open"
     return Statement(
-        claim="It ends at a higher accuracy.",
+        claim="BN ends at a higher accuracy.",
         outcome=f"After {steps:,} steps, each at its best rate: {having.final.value:.1%} with BN (rate {having.learning_rate:g}), "
         f"{without.final.value:.1%} without (rate {without.learning_rate:g}). The difference lies between "
         f"{100 * low:+.1f} and {100 * high:+.1f} percentage points"
@@ -92,7 +92,7 @@ def _drift(runs: Sequence[TrainingRun]) -> Statement:
     without, having = at_rate[False], at_rate[True]
     ratio = without / having if having else math.inf
     return Statement(
-        claim="It keeps the inputs of the units steadier.",
+        claim="BN keeps the inputs of the units steadier.",
         outcome=f"At rate {rate:g}, where the network without BN ends best, the median input of the median unit of the "
         f"last hidden layer travelled {having:.2f} with BN and {without:.2f} without, {_times(ratio)} as far.",
         verdict=_factor(ratio),

@@ -18,6 +18,7 @@ from normscope.records import Figure1, TrainingRun
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, FigureBase
+    from matplotlib.transforms import Transform
 
 __all__ = ["Panel", "draw_figure1", "figure1_panels", "require_matplotlib", "save_figure1"]
 
@@ -64,7 +65,7 @@ def draw_figure1(record: Figure1) -> Figure:
     rates = record.rates
     figure = _figure(2.55 * len(rates) + 5.2, 5.6)
     left, right = figure.subfigures(1, 2, width_ratios=(2.55 * len(rates) + 0.6, 4.6), wspace=0.04)
-    _heading(left, "a", f"Test accuracy, {record.data.title}")
+    _heading(left, "a", f"Test accuracy on {record.data.title}")
     for index, axes in enumerate(left.subplots(1, len(rates), sharey=True, squeeze=False)[0]):
         _draw_accuracy(axes, record, rates[index], first=index == 0)
     _heading(right, "b, c", f"Input of a typical last hidden unit, learning rate {record.shown_rate:g}")
@@ -78,6 +79,7 @@ def save_figure1(record: Figure1, folder: Path) -> tuple[Path, Path]:
     figure = draw_figure1(record)
     png, svg = folder / "figure1.png", folder / "figure1.svg"
     figure.savefig(png, dpi=160, facecolor="white", metadata={"Software": None})
+    figure.set_layout_engine("none")  # the layout found for the first file holds for the second
     svg.write_text(_svg(figure, salt="figure1", text_as_paths=True), encoding="utf-8")
     return png, svg
 
@@ -112,17 +114,17 @@ def _draw_accuracy(axes: Axes, record: Figure1, rate: float, *, first: bool) -> 
         percent = [100 * value for value in run.accuracy.values]
         axes.plot(run.accuracy.steps, percent, color=colour, linestyle=dashes, linewidth=1.9, zorder=3 - row)
         # The legend stands above the axes, where no curve can run through it, and tells the final value.
-        height = 1.13 - 0.075 * row
-        axes.plot((0, 0.13), (height, height), transform=axes.transAxes, color=colour, linestyle=dashes, clip_on=False)
+        place = _above(axes, 27 - 14 * row)
+        axes.plot((0, 0.13), (1, 1), transform=place, color=colour, linestyle=dashes, clip_on=False)
         label = f"{NAMES[normalized]}  {_percent(run.final.value)}"
-        axes.text(0.16, height, label, transform=axes.transAxes, color=colour, fontsize=9.5, va="center")
+        axes.text(0.16, 1, label, transform=place, color=colour, fontsize=9.5, va="center")
         end = max(end, run.accuracy.steps[-1])
-    axes.text(0, 1.22, f"learning rate {rate:g}", transform=axes.transAxes, color=INK, fontsize=10.5, weight="bold")
+    axes.text(0, 1, f"learning rate {rate:g}", transform=_above(axes, 39), color=INK, fontsize=10.5, weight="bold")
     chance = 100 / record.data.classes
     axes.axhline(chance, color=MUTED, linewidth=0.8, linestyle=":")
     if first:
-        axes.text(end, chance + 1.5, "chance", color=MUTED, fontsize=8.5, ha="right")
-        axes.set_ylabel("test samples classified right [%]", color=INK)
+        axes.text(end, chance - 3, "chance", color=MUTED, fontsize=8.5, ha="right", va="top")
+        axes.set_ylabel("test accuracy [%]", color=INK)
     axes.set_xlim(0, end)
     axes.set_ylim(0, 100)
     axes.set_xlabel("training steps", color=INK)
@@ -151,6 +153,13 @@ def _draw_bands(axes: Axes, record: Figure1, *, normalized: bool, last: bool) ->
         axes.set_xlabel("training steps", color=INK)
 
 
+def _above(axes: Axes, points: float) -> Transform:
+    """The axes' own coordinates, moved up by some points."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return axes.transAxes + ScaledTranslation(0, points / 72, axes.get_figure(root=True).dpi_scale_trans)
+
+
 def _frame(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -159,7 +168,7 @@ def _frame(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
@@ -178,7 +187,7 @@ def _spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}%"
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -60,4 +60,4 @@ def _environment() -> jinja2.Environment:
 
 
 def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}\N{NARROW NO-BREAK SPACE}%"
+    return f"{100 * value:.{digits}f}%"

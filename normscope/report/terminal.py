@@ -29,11 +29,12 @@ def print_figure1(record: Figure1, console: Console) -> None:
 
 
 def _accuracies(record: Figure1) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    table.add_column("learning rate", justify="right")
+    caption = f"Test accuracy with its 95% interval; steps: the first measured one at {100 * record.target:.1f}%."
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
+    table.add_column("learning rate", justify="right", no_wrap=True)
     for name in ("without BN", "with BN"):
         table.add_column(name, justify="right")
-        table.add_column(f"steps to {100 * record.target:.1f} %", justify="right")
+        table.add_column("steps", justify="right")
     for rate in record.rates:
         cells = [f"{rate:g}"]
         for normalized in (False, True):
@@ -45,4 +46,4 @@ def _accuracies(record: Figure1) -> Table:
 
 
 def _accuracy(interval: Interval) -> str:
-    return f"{100 * interval.value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return f"{100 * interval.value:.1f}% ({100 * interval.low:.1f} – {100 * interval.high:.1f})"

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NoReturn
 
 from normscope.errors import ArgumentError, NotationError, ShapeError
@@ -45,22 +45,22 @@ class Scope:
     pattern: str
     parts: tuple[Part, ...]
 
-    @cached_property
+    @property
     def rank(self) -> int:
         """The number of axes of x."""
         return self.parts[-1].axis + 1 if self.parts else 0
 
-    @cached_property
+    @property
     def inside(self) -> tuple[int, ...]:
         """Positions of the parts that S averages over."""
         return tuple(i for i, part in enumerate(self.parts) if part.averaged)
 
-    @cached_property
+    @property
     def outside(self) -> tuple[int, ...]:
         """Positions of the parts that number the sets."""
         return tuple(i for i, part in enumerate(self.parts) if not part.averaged)
 
-    @cached_property
+    @property
     def splits(self) -> bool:
         """Whether any axis is split, so that parts and axes differ."""
         return len(self.parts) > self.rank
@@ -120,7 +120,7 @@ class Scope:
                 pattern=_caret(self.pattern, parts[0].column),
                 cure=f"give all but one of {names}, e.g. {parts[0].name}=32",
             )
-        product = math.prod(value for value in given if value is not None)
+        product = math.prod([value for value in given if value is not None])
         if (size % product if missing else size != product) != 0:
             what = f"({written})" if len(parts) > 1 else written
             stated = ", ".join(f"{part.name}={sizes[part.name]}" for part in parts if part.name in sizes)
@@ -138,20 +138,21 @@ class Scope:
         Raises:
             NotationError: A name is not in the pattern, or an axis is named twice.
         """
+        names = params.split()
         axes: list[int] = []
-        for match in re.finditer(r"\S+", params):
-            axis = self.axis_of(match.group())
+        for k, name in enumerate(names):
+            axis = self.axis_of(name)
             if axis is None:
                 known = ", ".join(dict.fromkeys(part.name for part in self.parts))
                 raise NotationError(
-                    f"params names {match.group()!r}, which is no axis of the pattern {self.pattern!r}",
-                    params=_caret(params, match.start(), label="params"),
+                    f"params names {name!r}, which is no axis of the pattern {self.pattern!r}",
+                    params=_caret(params, _column(params, k), label="params"),
                     cure=f"name one or more of {known}",
                 )
             if axis in axes:
                 raise NotationError(
                     f"params names axis {axis} twice",
-                    params=_caret(params, match.start(), label="params"),
+                    params=_caret(params, _column(params, k), label="params"),
                     cure="name each axis once; one factor of a split stands for the whole axis",
                 )
             axes.append(axis)
@@ -165,12 +166,12 @@ class Pattern:
     text: str
     parts: tuple[Part, ...]
 
-    @cached_property
+    @property
     def ellipsis(self) -> int | None:
         """Position of the "..." among the parts."""
         return next((i for i, part in enumerate(self.parts) if part.name == ELLIPSIS), None)
 
-    @cached_property
+    @property
     def least(self) -> int:
         """The number of axes that the pattern names, the smallest rank that fits."""
         return len({part.axis for part in self.parts if part.name != ELLIPSIS})
@@ -329,3 +330,7 @@ class _Reader:
 
 def _caret(text: str, column: int, label: str = "pattern") -> str:
     return f"{text}\n{' ' * (len(f'  {label}: ') + column)}^"
+
+
+def _column(text: str, word: int) -> int:
+    return [match.start() for match in re.finditer(r"\S+", text)][word]

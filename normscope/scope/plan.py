@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -58,12 +57,12 @@ class Plan:
     kernel: str = "none chosen"
     passes: tuple[int, int] = (2, 3)
 
-    @cached_property
+    @property
     def sets(self) -> int:
         """The number of sets."""
         return math.prod(self.sizes[i] for i in self.scope.outside)
 
-    @cached_property
+    @property
     def cells(self) -> int:
         """|S|, the number of cells in each set."""
         return math.prod(self.sizes[i] for i in self.scope.inside)
