@@ -1,8 +1,8 @@
 """Frozen records: the only thing that reports read, and their JSON, which loses nothing.
 
 Records hold numbers, text and other records in tuples. `to_json` writes strict JSON (no NaN literal, which most other
-readers refuse): a float that is not finite becomes the string "NaN", "Infinity" or "-Infinity", and `from_json` turns it
-back by looking at the field's type.
+readers refuse): a float that is not finite becomes the string "NaN", "Infinity" or "-Infinity", and `from_json` turns
+it back by looking at the field's type.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Machine:
 
     @classmethod
     def measure(cls, packages: tuple[str, ...] = ("normscope", "torch", "numpy")) -> Machine:
-        """Describe this machine; `cores` counts those this process may use, versions come without importing anything."""
+        """Describe this machine: the cores that this process may use, versions without importing anything."""
         affinity = getattr(os, "sched_getaffinity", None)
         return cls(
             cpu=_cpu_model(),

@@ -42,13 +42,12 @@ FILES: dict[str, tuple[str, tuple[int, ...], str]] = {
 
 
 def find_mnist() -> Path | None:
-    """The folder with MNIST: `$NORMSCOPE_DATA/mnist` or `$NORMSCOPE_DATA` itself, or None where neither has a file of it."""
+    """The folder with a file of MNIST: `$NORMSCOPE_DATA/mnist` or `$NORMSCOPE_DATA` itself; else None."""
     root = os.environ.get(FOLDER_VARIABLE, "")
     if not root:
         return None
     folders = (Path(root) / "mnist", Path(root))
     names = [name for name, _, _ in FILES.values()]
-    # A folder of Fashion-MNIST has files of the same names; it lies in its own subfolder and is never looked at here.
     return next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
 
 

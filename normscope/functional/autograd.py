@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normscope.kernels import COMPUTE_DTYPE, eager
-from normscope.kernels.activations import ACTIVATIONS
 from normscope.kernels.formula import Formula
 
 __all__ = ["Operands", "normalize_parts"]
@@ -44,7 +43,7 @@ class Operands(NamedTuple):
     def computed(self) -> Operands:
         """The operands in the dtype of the computation."""
         dtype = COMPUTE_DTYPE[self.x.dtype]
-        return Operands(*(t if t is None or t.dtype == torch.bool else t.to(dtype) for t in self))
+        return Operands(*(t if t is None or t.dtype == torch.bool else t.to(dtype) for t in self))  # type: ignore[arg-type]
 
 
 def normalize_parts(operands: Operands, formula: Formula) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,10 +53,11 @@ def normalize_parts(operands: Operands, formula: Formula) -> tuple[Tensor, Tenso
         y in x's dtype, and the mean and variance that were used, in the dtype of the computation, with size one in
         the averaged parts; these two are without gradient.
     """
-    if _plain() and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        y, mean, var = _Normalize.apply(formula, *operands)
+    plain = _plain()
+    if plain and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        y, mean, var = _Normalize.apply(formula, *operands)  # type: ignore[no-untyped-call]
     else:
-        y, stats = _forward(operands, formula)
+        y, stats = _forward(operands, formula, own=plain and not torch.is_grad_enabled())
         mean, var = stats.mean.detach(), stats.var.detach()
     return y, mean, var
 
@@ -71,10 +71,10 @@ def _plain() -> bool:
     )
 
 
-def _forward(operands: Operands, formula: Formula) -> tuple[Tensor, eager.Statistics]:
+def _forward(operands: Operands, formula: Formula, own: bool) -> tuple[Tensor, eager.Statistics]:
     o = _clean(operands.computed())
     stats = _statistics(o, formula)
-    y = eager.apply(o.x, stats, formula, o.weight, o.bias, o.residual, o.mask)
+    y = eager.apply(o.x, stats, formula, o.weight, o.bias, o.residual, o.mask, own)
     return y.to(operands.x.dtype), stats
 
 
@@ -98,7 +98,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, formula: Formula, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         operands = Operands(*tensors)  # type: ignore[arg-type]
-        y, stats = _forward(operands, formula)
+        y, stats = _forward(operands, formula, own=True)
         ctx.formula = formula
         ctx.save_for_backward(*operands, *stats)
         ctx.set_materialize_grads(False)
@@ -122,25 +122,13 @@ class _Normalize(torch.autograd.Function):
 
 
 def _backward(gy: Tensor, o: Operands, stats: eager.Statistics, f: Formula, needs: Operands) -> Operands:
-    xhat = eager.xhat(o.x, stats, f)
-    gz = gy
-    if f.activation is not None:
-        gz = ACTIVATIONS[f.activation].backward(gy, eager.affine(xhat, o.weight, o.bias, o.residual))
-    if o.mask is not None:
-        gz = torch.where(o.mask, gz, 0)
-    g = gz if o.weight is None else gz * o.weight
+    own = not torch.is_grad_enabled()
+    gz, sums = eager.backward_reduce(gy, o.x, stats, f, o.weight, o.bias, o.residual, o.mask, own)
     dx = dmean = dvar = None
-    if o.mean is None:
-        if needs.x:
-            dx = eager.backward_apply(g, xhat, stats, f, eager.backward_reduce(g, xhat, f), o.mask)
-    else:
-        rstd = (stats.var + f.eps).rsqrt() if f.scale else torch.ones_like(stats.var)
-        dx = g * rstd if needs.x else None
-        if (needs.mean and f.center) or (needs.var and f.scale):
-            sums = eager.backward_reduce(g, xhat, f)
-            dmean = eager.sum_to(-rstd * sums[0], stats.high) if f.center else None
-            dvar = eager.sum_to(-0.5 * rstd * rstd * sums[1], stats.var) if f.scale else None
-    dweight = eager.sum_to(gz * xhat, o.weight) if needs.weight and o.weight is not None else None
-    dbias = eager.sum_to(gz, o.bias) if needs.bias and o.bias is not None else None
-    dresidual = gz if needs.residual else None
-    return Operands(dx, dweight, dbias, dresidual, dmean, dvar, None)  # type: ignore[arg-type]
+    if needs.x:
+        dx = eager.backward_apply(sums, stats, f, o.weight, o.mask, fixed=o.mean is not None, own=own)
+    if o.mean is not None:
+        rstd = stats.rstd(f)
+        dmean = eager.sum_to(-rstd * sums.set_g, stats.high) if f.center else None
+        dvar = eager.sum_to(-0.5 * rstd * rstd * sums.set_gx, stats.var) if f.scale else None
+    return Operands(dx, sums.weight, sums.bias, gz if needs.residual else None, dmean, dvar, None)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ def update_running(
     momentum: float | Tensor,
     formula: Formula,
 ) -> None:
-    """new = (1 − momentum) · old + momentum · batch, the variance with the correction m/(m − 1).
+    """Move the buffers: (1 − momentum) · old + momentum · batch, the variance with the correction m/(m − 1).
 
     Args:
         running: The mean and variance buffers, of the params' shape; None is left alone.

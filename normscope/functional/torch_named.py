@@ -65,7 +65,7 @@ def batch_norm(
         return handle_torch_function(
             batch_norm, tensors, input, running_mean, running_var, weight=weight, bias=bias, training=training,
             momentum=momentum, eps=eps, activation=activation, residual=residual, mask=mask,
-        )  # type: ignore[no-any-return] # fmt: skip
+        )  # fmt: skip
     check_dtype(input, "batch_norm")
     if training:
         _verify_batch_size(input.shape, tuple(input.shape))
@@ -126,7 +126,7 @@ def instance_norm(
             instance_norm, tensors, input, running_mean, running_var, weight=weight, bias=bias,
             use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation, residual=residual,
             mask=mask,
-        )  # type: ignore[no-any-return] # fmt: skip
+        )  # fmt: skip
     check_dtype(input, "batch_norm")
     if use_input_stats and math.prod(input.shape[2:]) == 1:
         raise ShapeError(
@@ -186,7 +186,7 @@ def layer_norm(
         return handle_torch_function(
             layer_norm, tensors, input, normalized_shape, weight=weight, bias=bias, eps=eps, activation=activation,
             residual=residual, mask=mask,
-        )  # type: ignore[no-any-return] # fmt: skip
+        )  # fmt: skip
     check_dtype(input, "LayerNormKernelImpl")
     return _trailing(
         input, normalized_shape, weight, bias, eps, True, activation, residual, mask, "expected input with shape [*, "
@@ -229,7 +229,7 @@ def rms_norm(
         return handle_torch_function(
             rms_norm, tensors, input, normalized_shape, weight=weight, eps=eps, activation=activation,
             residual=residual, mask=mask,
-        )  # type: ignore[no-any-return] # fmt: skip
+        )  # fmt: skip
     check_dtype(input, "rms_norm")
     if eps is None:
         eps = torch.finfo(COMPUTE_DTYPE[input.dtype]).eps
@@ -276,7 +276,7 @@ def group_norm(
         return handle_torch_function(
             group_norm, tensors, input, num_groups, weight=weight, bias=bias, eps=eps, activation=activation,
             residual=residual, mask=mask,
-        )  # type: ignore[no-any-return] # fmt: skip
+        )  # fmt: skip
     check_dtype(input, "GroupNormKernelImpl")
     shape = tuple(input.shape)
     if len(shape) < 2:
@@ -318,7 +318,7 @@ def add_norm(
     activation: str | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + residual, and its layer normalization: the step between two blocks of a pre-norm transformer.
+    """Add x and residual, and return the sum with its layer normalization, as between two transformer blocks.
 
     Args:
         x: (*, *normalized_shape).
@@ -348,7 +348,7 @@ def add_norm(
         return handle_torch_function(
             add_norm, tensors, x, residual, normalized_shape, weight=weight, bias=bias, eps=eps, center=center,
             activation=activation, mask=mask,
-        )  # type: ignore[no-any-return] # fmt: skip
+        )  # fmt: skip
     check_dtype(x, "add_norm")
     try:
         total = x + residual.expand_as(x)
@@ -422,9 +422,7 @@ def _with_running(
     mean = var = None
     if not from_input:
         mean, var = (None if t is None else view.param(t.detach()) for t in running)
-    y, mean, var = run(
-        x, view, formula, weight=weight, bias=bias, residual=residual, mean=mean, var=var, mask=keep
-    )
+    y, mean, var = run(x, view, formula, weight=weight, bias=bias, residual=residual, mean=mean, var=var, mask=keep)
     if from_input:
         update_running(running, (mean, var), view, keep, momentum, formula)
     return y

@@ -1,6 +1,7 @@
 """The activations that can follow a normalizer, each with its derivative.
 
-The derivatives are torch's own backward operators where these differentiate further, for silu and mish written out.
+The derivatives are torch's own backward operators where these differentiate further, and are written out for
+silu, mish and hardsigmoid, where they do not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
-    """An elementwise function and its vector-Jacobian product (gradient of the output, input) → gradient of the input."""
+    """An elementwise function, and its (gradient of the output, input) → gradient of the input."""
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
@@ -46,5 +47,5 @@ ACTIVATIONS: dict[str, Activation] = {
     "sigmoid": Activation(torch.sigmoid, lambda g, z: _aten.sigmoid_backward(g, torch.sigmoid(z))),
     "tanh": Activation(torch.tanh, lambda g, z: _aten.tanh_backward(g, torch.tanh(z))),
     "hardswish": Activation(F.hardswish, lambda g, z: _aten.hardswish_backward(g, z)),
-    "hardsigmoid": Activation(F.hardsigmoid, lambda g, z: _aten.hardsigmoid_backward(g, z)),
+    "hardsigmoid": Activation(F.hardsigmoid, lambda g, z: torch.where((z > -3) & (z < 3), g / 6, 0)),
 }

@@ -4,8 +4,11 @@ Every function sees a tensor through its parts (split axes unfolded) and gets wh
 as tensors that broadcast against it. Nothing here knows the name of a normalizer.
 
 Accuracy off centre: one float32 number cannot hold a mean of 8000 σ, it errs by 5e-4 σ. The mean therefore travels as
-`high`, its float32 rounding, and `low`, what is left: x − high is exact near the mean (Sterbenz), so the statistics
-and x̂ are as accurate at 8000 σ as at 0.
+`high`, its float32 rounding, and `low`, what is left: d = x − high is exact near the mean (Sterbenz), so the statistics
+and x̂ = (d − low)/√(σ² + ε) are as accurate at 8000 σ as at 0.
+
+`own` says that temporaries may be overwritten: true in plain eager, false where torch differentiates these operators
+or maps over them.
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ from torch import Tensor
 from normscope.kernels.activations import ACTIVATIONS
 from normscope.kernels.formula import Formula
 
-__all__ = ["PASSES", "Statistics", "apply", "backward_apply", "backward_reduce", "sum_to", "statistics", "xhat"]
+__all__ = ["PASSES", "Gradients", "Statistics", "apply", "backward_apply", "backward_reduce", "statistics", "sum_to"]
 
-# How often the operators below read or write the whole tensor, forward and backward (BatchNorm, affine, no
-# activation; counted by tests/test_plan.py).
-PASSES = (23, 24)
+# How often the operators below read or write the whole tensor, forward and backward (affine, no activation; counted by
+# tests/test_plan.py).
+PASSES = (13, 14)
 
 
 class Statistics(NamedTuple):
@@ -42,45 +45,51 @@ class Statistics(NamedTuple):
         """The mean rounded to one number."""
         return self.high if self.low is None else self.high + self.low
 
+    def rstd(self, formula: Formula) -> Tensor:
+        """1/√(σ²_S + ε), or 1 where the formula does not scale."""
+        return (self.var + formula.eps).rsqrt() if formula.scale else torch.ones_like(self.var)
+
+
+class Gradients(NamedTuple):
+    """The sums that the gradients of a set and of the parameters need.
+
+    Attributes:
+        g: The gradient of x̂, or of z where the weight is the same for a whole set.
+        d: x − high.
+        set_g: Σ_S of the gradient of x̂.
+        set_gx: Σ_S of the gradient of x̂ times x̂.
+        weight: The gradient of γ, through the parts.
+        bias: The gradient of β, through the parts.
+    """
+
+    g: Tensor
+    d: Tensor
+    set_g: Tensor
+    set_gx: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
 
 def statistics(x: Tensor, formula: Formula, mask: Tensor | None) -> Statistics:
     """Mean and biased variance of every set, in x's dtype; differentiable.
 
     Args:
-        x: The tensor in parts, float32 or float64.
+        x: The tensor in parts, float32 or float64, 0 where masked.
         formula: Which parts are averaged, and whether the mean is subtracted.
         mask: Cells to keep, broadcastable to x, or None for all.
     """
-    keep = None if mask is None else mask.expand_as(x)
-    count = _count(x, formula.inside, keep)
+    inside = formula.inside
+    count = _count(x, inside, mask)
     if not formula.center:
-        zero = x.new_zeros([1 if i in formula.inside else size for i, size in enumerate(x.shape)])
-        return Statistics(zero, None, _sum(_kept(x * x, keep), formula.inside) / count)
+        zero = x.new_zeros([1 if i in inside else size for i, size in enumerate(x.shape)])
+        return Statistics(zero, None, _sum(x.square(), inside) / count)
     # The derivative with respect to the shift is zero: centring removes it again.
-    high = (_sum(_kept(x, keep), formula.inside) / count).detach()
-    shifted = _kept(x - high, keep)
-    low = _sum(shifted, formula.inside) / count
-    centred = _kept(shifted - low, keep)
-    return Statistics(high, low, _sum(centred * centred, formula.inside) / count)
-
-
-def xhat(x: Tensor, s: Statistics, formula: Formula) -> Tensor:
-    """(x − μ_S)/√(σ²_S + ε), without the parts that the formula switches off."""
-    if formula.center:
-        x = x - s.high
-        if s.low is not None:
-            x = x - s.low
-    return x * (s.var + formula.eps).rsqrt() if formula.scale else x
-
-
-def affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """γ · x̂ + β + residual, the input z of the activation."""
-    z = xhat
-    if weight is not None:
-        z = z * weight
-    if bias is not None:
-        z = z + bias
-    return z if residual is None else z + residual
+    high = (_sum(x, inside) / count).detach()
+    d = _kept(x - high, mask)
+    low = _sum(d, inside) / count
+    # |low| is a rounding error of the mean, so this subtraction loses nothing; a constant set may round below 0.
+    var = (_sum(d.square(), inside) / count - low * low).clamp(min=0)
+    return Statistics(high, low, var)
 
 
 def apply(
@@ -91,38 +100,87 @@ def apply(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
+    own: bool,
 ) -> Tensor:
     """activation(γ · x̂ + β + residual), 0 where the mask is False; differentiable."""
-    z = affine(xhat(x, s, formula), weight, bias, residual)
+    z = _z(_shifted(x, s, formula), s, formula, weight, bias, residual, x if own else None)
     if formula.activation is not None:
         z = ACTIVATIONS[formula.activation].forward(z)
-    return _kept(z, mask)
+    return _kept(x.clone() if z is x else z, mask)
 
 
-def backward_reduce(g: Tensor, xhat: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
-    """Σ_S g and Σ_S g·x̂, the two sums that every gradient of a set needs."""
-    return _sum(g, formula.inside), _sum(g * xhat, formula.inside)
+def backward_reduce(
+    gy: Tensor,
+    x: Tensor,
+    s: Statistics,
+    formula: Formula,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    own: bool,
+) -> tuple[Tensor, Gradients]:
+    """The gradient of z, which is the residual's, and the sums of every set and parameter.
+
+    Σ g·x̂ is taken as (Σ g·d − low · Σ g)/√(σ² + ε), so that x̂ is never written.
+    """
+    d = _shifted(x, s, formula)
+    gz = gy
+    if formula.activation is not None:
+        z = _z(d, s, formula, weight, bias, residual, d if own else None)
+        gz = ACTIVATIONS[formula.activation].backward(gy, z)
+    gz = _kept(gz, mask)
+    # Sum first over the parts where no parameter varies: both kinds of sums go on from there.
+    params = [t for t in (weight, bias) if t is not None]
+    rest = [i for i in formula.inside if all(t.shape[i] == 1 for t in params)]
+    g_sum, gx_sum = _sum(gz, rest), _sum(gz * d, rest)
+    rstd = s.rstd(formula)
+    gx_sum = (gx_sum if s.low is None else gx_sum - s.low * g_sum) * rstd
+    set_g, set_gx = (
+        _sum(t if weight is None else t * weight, [i for i in formula.inside if i not in rest]) for t in (g_sum, gx_sum)
+    )
+    g = gz if weight is None or _per_set(weight, formula) else gz * weight
+    return gz, Gradients(
+        g, d, set_g, set_gx,
+        None if weight is None else sum_to(gx_sum, weight),
+        None if bias is None else sum_to(g_sum, bias),
+    )  # fmt: skip
 
 
 def backward_apply(
-    g: Tensor, xhat: Tensor, s: Statistics, formula: Formula, sums: tuple[Tensor, Tensor], mask: Tensor | None
+    sums: Gradients,
+    s: Statistics,
+    formula: Formula,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    *,
+    fixed: bool,
+    own: bool,
 ) -> Tensor:
-    """The gradient of x: (g − mean_S g − x̂ · mean_S(g·x̂)) / √(σ²_S + ε).
+    """The gradient of x: (g − mean_S g − x̂ · mean_S(g·x̂))/√(σ²_S + ε), as A·g + B·d + C with three numbers per set.
 
     Args:
-        g: The gradient of x̂.
-        xhat: The normalized tensor.
+        sums: What `backward_reduce` returned.
         s: The statistics of the forward.
         formula: Leaves out the first mean where nothing was centred, the second and the root where nothing was scaled.
-        sums: What `backward_reduce` returned.
+        weight: γ.
         mask: Cells to keep, or None for all.
+        fixed: Whether the moments were given, so that only A·g is left.
+        own: Whether temporaries may be overwritten.
     """
-    count = _count(g, formula.inside, None if mask is None else mask.expand_as(g))
-    if formula.center:
-        g = g - sums[0] / count
+    rstd = s.rstd(formula)
+    dx = sums.g * (rstd * weight if weight is not None and _per_set(weight, formula) else rstd)
+    if fixed:
+        return _kept(dx, mask)
+    count = _count(dx, formula.inside, mask)
+    c = sums.set_g / count * rstd if formula.center else None
     if formula.scale:
-        g = (g - xhat * (sums[1] / count)) * (s.var + formula.eps).rsqrt()
-    return _kept(g, mask)
+        b = sums.set_gx / count * rstd * rstd
+        dx = dx.addcmul_(sums.d, -b) if own else dx - sums.d * b
+        c = None if c is None else c if s.low is None else c - b * s.low
+    if c is not None:
+        dx = dx.sub_(c) if own else dx - c
+    return _kept(dx, mask)
 
 
 def sum_to(x: Tensor, like: Tensor) -> Tensor:
@@ -130,14 +188,50 @@ def sum_to(x: Tensor, like: Tensor) -> Tensor:
     return _sum(x, [i for i, (size, kept) in enumerate(zip(x.shape, like.shape, strict=True)) if size != kept == 1])
 
 
+def _shifted(x: Tensor, s: Statistics, formula: Formula) -> Tensor:
+    return x - s.high if formula.center else x
+
+
+def _z(
+    d: Tensor,
+    s: Statistics,
+    formula: Formula,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    keep: Tensor | None,
+) -> Tensor:
+    """γ · x̂ + β + residual, with one multiplication where γ is the same for a whole set.
+
+    Nothing is overwritten where `keep` is None; else everything but `keep`.
+    """
+    low = s.low if formula.center else None
+    factor = s.rstd(formula) if formula.scale else None
+    if weight is not None and _per_set(weight, formula):
+        factor, weight = (weight if factor is None else factor * weight), None
+    shift = None if low is None else -low if factor is None else -low * factor
+    if weight is None and bias is not None and _per_set(bias, formula):
+        shift, bias = (bias if shift is None else shift + bias), None
+    z = d
+    for operation, operand in (("mul", factor), ("add", shift), ("mul", weight), ("add", bias), ("add", residual)):
+        if operand is not None:
+            overwrite = keep is not None and z is not keep
+            z = getattr(z, operation + "_" if overwrite else operation)(operand)
+    return z
+
+
+def _per_set(param: Tensor, formula: Formula) -> bool:
+    return all(param.shape[i] == 1 for i in formula.inside)
+
+
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, 0)
 
 
-def _count(x: Tensor, inside: Sequence[int], keep: Tensor | None) -> int | Tensor:
-    if keep is None:
+def _count(x: Tensor, inside: Sequence[int], mask: Tensor | None) -> int | Tensor:
+    if mask is None:
         return math.prod([x.shape[i] for i in inside])
-    return keep.sum(inside, keepdim=True).clamp(min=1)
+    return mask.expand(x.shape).sum(tuple(inside), keepdim=True).clamp(min=1)
 
 
 def _sum(x: Tensor, dims: Sequence[int]) -> Tensor:
@@ -151,4 +245,4 @@ def _sum(x: Tensor, dims: Sequence[int]) -> Tensor:
     single = all(i in dims or size == 1 for i, size in enumerate(x.shape))
     if single and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return x.expand(2, *x.shape).sum([d + 1 for d in dims], keepdim=True)[0]
-    return x.sum(dims, keepdim=True)
+    return x.sum(tuple(dims), keepdim=True)

@@ -14,6 +14,14 @@ __all__ = ["accuracy_interval", "judge", "shown_rate", "target_accuracy"]
 TARGET = 0.9
 # Two drifts that differ by less than this factor are called equal: units of one layer differ by more.
 NOTICEABLE = 1.25
+# Below this multiple of chance nothing was learned that could be compared.
+LEARNED = 2
+CLAIMS = (
+    "BN allows much higher learning rates.",
+    "BN trains in fewer steps.",
+    "BN ends at a higher accuracy.",
+    "BN keeps the inputs of the units steadier.",
+)
 Z95 = statistics.NormalDist().inv_cdf(0.975)
 
 
@@ -35,8 +43,17 @@ def shown_rate(runs: Sequence[TrainingRun]) -> float:
     return max((run for run in runs if not run.normalized), key=lambda run: run.final.value).learning_rate
 
 
-def judge(runs: Sequence[TrainingRun], steps: int) -> tuple[Statement, ...]:
-    """Four claims of the paper, each with what was measured and whether it agrees."""
+def judge(runs: Sequence[TrainingRun], steps: int, chance: float) -> tuple[Statement, ...]:
+    """Four claims of the paper, each with what was measured and whether it agrees.
+
+    Args:
+        runs: One per learning rate and network, with and without BN.
+        steps: The length of the runs.
+        chance: The accuracy of guessing.
+    """
+    if not max(run.final.value for run in runs) > LEARNED * chance:
+        outcome = f"No network learned more than guessing within {steps:,} steps, so these settings say nothing."
+        return tuple(Statement(claim, outcome, "open") for claim in CLAIMS)
     plain = [run for run in runs if not run.normalized]
     normed = [run for run in runs if run.normalized]
     target = target_accuracy(runs)
@@ -50,10 +67,10 @@ def _rates(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], target: 
     without, having = trained(plain), trained(normed)
     highest_without, highest_having = max(without, default=0.0), max(having, default=0.0)
     return Statement(
-        claim="BN allows much higher learning rates.",
-        outcome=f"Of {len(normed)} learning rates, the network with BN trained at {_listed(having)}, the one without at "
-        f"{_listed(without)}. Trained means {target:.1%} of the test set right at the end, which is {TARGET:.0%} of the "
-        "best result.",
+        claim=CLAIMS[0],
+        outcome=f"Of {len(normed)} learning rates, the network with BN trained at {_listed(having)}, the one without "
+        f"at {_listed(without)}. Trained means {target:.1%} of the test set right at the end, which is {TARGET:.0%} of "
+        "the best result.",
         verdict=_sign(highest_having - highest_without),
     )
 
@@ -61,11 +78,11 @@ def _rates(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], target: 
 def _speed(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], target: float) -> Statement:
     without, having = _first(plain, target), _first(normed, target)
     outcome = f"To {target:.1%} accuracy, each at its fastest rate: {_steps(having)} with BN, {_steps(without)} without"
-    ratio = without[0] / having[0] if math.isfinite(without[0]) and math.isfinite(having[0]) else math.nan
+    ratio = without[0] / max(1.0, having[0]) if math.isfinite(without[0]) and math.isfinite(having[0]) else math.nan
     if math.isfinite(ratio):
         outcome += f", {_times(ratio)} as many"
     return Statement(
-        claim="BN trains in fewer steps.",
+        claim=CLAIMS[1],
         outcome=outcome + ".",
         verdict=_sign(without[0] - having[0]) if math.isnan(ratio) else _factor(ratio),
     )
@@ -77,8 +94,9 @@ def _accuracy(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], steps
     low, high = _difference(having.final, without.final)
     verdict: Agreement = "agrees" if low > 0 else "contradicts" if high < 0 else "open"
     return Statement(
-        claim="BN ends at a higher accuracy.",
-        outcome=f"After {steps:,} steps, each at its best rate: {having.final.value:.1%} with BN (rate {having.learning_rate:g}), "
+        claim=CLAIMS[2],
+        outcome=f"After {steps:,} steps, each at its best rate: {having.final.value:.1%} with BN "
+        f"(rate {having.learning_rate:g}), "
         f"{without.final.value:.1%} without (rate {without.learning_rate:g}). The difference lies between "
         f"{100 * low:+.1f} and {100 * high:+.1f} percentage points"
         + (", so this test set cannot tell them apart." if verdict == "open" else "."),
@@ -92,7 +110,7 @@ def _drift(runs: Sequence[TrainingRun]) -> Statement:
     without, having = at_rate[False], at_rate[True]
     ratio = without / having if having else math.inf
     return Statement(
-        claim="BN keeps the inputs of the units steadier.",
+        claim=CLAIMS[3],
         outcome=f"At rate {rate:g}, where the network without BN ends best, the median input of the median unit of the "
         f"last hidden layer travelled {having:.2f} with BN and {without:.2f} without, {_times(ratio)} as far.",
         verdict=_factor(ratio),
@@ -129,7 +147,7 @@ def _sign(difference: float) -> Agreement:
 
 
 def _times(ratio: float) -> str:
-    return f"{ratio:.1f} times" if ratio < 100 else f"{ratio:,.0f} times"
+    return f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
 
 
 def _listed(rates: Sequence[float]) -> str:

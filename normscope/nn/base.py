@@ -1,10 +1,11 @@
-"""What every layer of ours adds to torch's: an activation, errors that name the layer's path, and being a leaf for fx."""
+"""What every layer of ours adds to torch's: an activation, errors that name the layer's path, a leaf for fx."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, fx
 from normscope.errors import NormscopeError, ShapeError
 from normscope.functional.core import check_activation
 
-__all__ = ["Layer", "normalizes"]
+__all__ = ["Layer", "Tracking", "check_input_dim", "normalizes", "path_of"]
 
 Forward = TypeVar("Forward", bound=Callable[..., Tensor])
 
@@ -33,8 +34,31 @@ class Layer(torch.nn.Module):
         self.activation = activation
 
     def extra_repr(self) -> str:
-        """torch's own, and the activation where there is one."""
+        """Show what torch shows, and the activation where there is one."""
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+class Tracking(Layer):
+    """Mixin of the layers with running statistics.
+
+    Attributes:
+        momentum: Weight of the newest batch; None for the cumulative mean of all batches.
+        num_batches_tracked: How many batches have entered; None where nothing is tracked.
+    """
+
+    momentum: float | None
+    num_batches_tracked: Tensor | None
+
+    def batch_weight(self, counts: bool) -> float | Tensor:
+        """The weight of this batch; a tensor for the cumulative mean, so that compilers follow."""
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 / (self.num_batches_tracked + 1) if counts and self.num_batches_tracked is not None else 0.0
+
+    def count_batch(self, counts: bool) -> None:
+        """Count a batch once it has entered; one that raised has not."""
+        if counts and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
 
 
 def normalizes(forward: Forward) -> Forward:
@@ -45,7 +69,7 @@ def normalizes(forward: Forward) -> Forward:
     """
 
     @functools.wraps(forward)
-    def wrapped(self: Layer, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def wrapped(self: Layer, input: Any, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
         if torch.compiler.is_compiling():
             return forward(self, input, *args, **kwargs)
         if isinstance(input, fx.Proxy):
@@ -62,7 +86,7 @@ def normalizes(forward: Forward) -> Forward:
 
 
 def check_input_dim(layer: torch.nn.Module, input: Tensor, expects: str) -> None:  # noqa: A002
-    """torch's check of the number of axes (or a subclass's), as our error."""
+    """Run torch's check of the number of axes (or a subclass's), as our error."""
     try:
         layer._check_input_dim(input)  # type: ignore[operator]
     except ValueError as error:
@@ -71,12 +95,13 @@ def check_input_dim(layer: torch.nn.Module, input: Tensor, expects: str) -> None
 
 def path_of(layer: torch.nn.Module) -> str:
     """The layer's name in the outermost model whose forward is running, with its class."""
-    frame, models = sys._getframe(1), []
+    frame: FrameType | None = sys._getframe(1)
+    models: list[torch.nn.Module] = []
     while frame is not None:
         candidate = frame.f_locals.get("self")
         if isinstance(candidate, torch.nn.Module) and candidate is not layer:
             models.append(candidate)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     for model in reversed(models):
         for name, module in model.named_modules():
             if module is layer:

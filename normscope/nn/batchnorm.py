@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normscope.functional import batch_norm
-from normscope.nn.base import Layer, check_input_dim, normalizes
+from normscope.nn.base import Tracking, check_input_dim, normalizes
 
 __all__ = [
     "BatchNorm1d",
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-class _BatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(Tracking, torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization for inputs of any number of axes; the subclasses check it."""
 
     _expects = "(N, C) or (N, C, *)"
@@ -54,10 +54,6 @@ class _BatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
         """
         check_input_dim(self, input, self._expects)
         tracks = self.training and self.track_running_stats
-        counts = tracks and self.num_batches_tracked is not None
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and counts:
-            momentum = 1.0 / (self.num_batches_tracked + 1)  # type: ignore[operator]
         has_running = self.running_mean is not None or self.running_var is not None
         use_running = tracks or not self.training
         output = batch_norm(
@@ -67,14 +63,13 @@ class _BatchNorm(Layer, torch.nn.modules.batchnorm._BatchNorm):
             self.weight,
             self.bias,
             self.training or not has_running,
-            momentum,
+            self.batch_weight(tracks),
             self.eps,
             activation=self.activation,
             residual=residual,
             mask=mask,
         )
-        if counts:
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+        self.count_batch(tracks)
         return output
 
 
@@ -103,7 +98,7 @@ class _LazyBatchNorm(_BatchNorm):
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` over (N, C) or (N, C, L), with a fused activation and residual, masks, and better accuracy.
+    """`torch.nn.BatchNorm1d` over (N, C) or (N, C, L), with activation, residual and masks.
 
     y = activation(γ · (x − μ_S)/√(σ²_S + ε) + β + residual), S = every cell of a channel in the batch; in evaluation
     the running estimates of μ and σ² (unbiased) take their place.
@@ -111,7 +106,7 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     Args:
         num_features: C.
         eps: ε.
-        momentum: Weight of the newest batch in the running statistics; None for the cumulative mean of all batches.
+        momentum: Weight of the newest batch in the running statistics; None for the mean of all batches.
         affine: Learn γ and β, of size C.
         track_running_stats: Keep running statistics; without them evaluation normalizes by the batch, too.
         device: As in torch.
@@ -120,7 +115,7 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         activation: Applied last; see `normscope.normalize`.
 
     Raises:
-        ShapeError: The input is not (N, C) or (N, C, L), has other than C channels, or one value per channel in training.
+        ShapeError: The input is not (N, C) or (N, C, L), has other than C channels, or one value per channel.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
 
@@ -135,7 +130,7 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` over (N, C, H, W), with a fused activation and residual, masks, and better accuracy.
+    """`torch.nn.BatchNorm2d` over (N, C, H, W), with activation, residual and masks.
 
     y = activation(γ · (x − μ_S)/√(σ²_S + ε) + β + residual), S = every cell of a channel in the batch; in evaluation
     the running estimates of μ and σ² (unbiased) take their place.
@@ -143,7 +138,7 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     Args:
         num_features: C.
         eps: ε.
-        momentum: Weight of the newest batch in the running statistics; None for the cumulative mean of all batches.
+        momentum: Weight of the newest batch in the running statistics; None for the mean of all batches.
         affine: Learn γ and β, of size C.
         track_running_stats: Keep running statistics; without them evaluation normalizes by the batch, too.
         device: As in torch.
@@ -152,7 +147,7 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
         activation: Applied last; see `normscope.normalize`.
 
     Raises:
-        ShapeError: The input is not (N, C, H, W), has other than C channels, or one value per channel in training.
+        ShapeError: The input is not (N, C, H, W), has other than C channels, or one value per channel.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
 
@@ -167,7 +162,7 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` over (N, C, D, H, W), with a fused activation and residual, masks, and better accuracy.
+    """`torch.nn.BatchNorm3d` over (N, C, D, H, W), with activation, residual and masks.
 
     y = activation(γ · (x − μ_S)/√(σ²_S + ε) + β + residual), S = every cell of a channel in the batch; in evaluation
     the running estimates of μ and σ² (unbiased) take their place.
@@ -175,7 +170,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     Args:
         num_features: C.
         eps: ε.
-        momentum: Weight of the newest batch in the running statistics; None for the cumulative mean of all batches.
+        momentum: Weight of the newest batch in the running statistics; None for the mean of all batches.
         affine: Learn γ and β, of size C.
         track_running_stats: Keep running statistics; without them evaluation normalizes by the batch, too.
         device: As in torch.
@@ -184,7 +179,7 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
         activation: Applied last; see `normscope.normalize`.
 
     Raises:
-        ShapeError: The input is not (N, C, D, H, W), has other than C channels, or one value per channel in training.
+        ShapeError: The input is not (N, C, D, H, W), has other than C channels, or one value per channel.
 
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
 
@@ -202,19 +197,18 @@ class LazyBatchNorm1d(_LazyBatchNorm, torch.nn.LazyBatchNorm1d):
     """`BatchNorm1d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C) or (N, C, L)"
-    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_LazyBatchNorm, torch.nn.LazyBatchNorm2d):
     """`BatchNorm2d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C, H, W)"
-    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_LazyBatchNorm, torch.nn.LazyBatchNorm3d):
     """`BatchNorm3d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C, D, H, W)"
-    cls_to_become = BatchNorm3d  # type: ignore[assignment]
-
+    cls_to_become = BatchNorm3d

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normscope.errors import ShapeError
 from normscope.functional import instance_norm
-from normscope.nn.base import Layer, check_input_dim, normalizes
+from normscope.nn.base import Tracking, check_input_dim, normalizes
 
 __all__ = [
     "InstanceNorm1d",
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-class _InstanceNorm(Layer, torch.nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(Tracking, torch.nn.modules.instancenorm._InstanceNorm):
     """Instance normalization for inputs of any number of axes; the subclasses check it."""
 
     _expects = "(N, C, *) or (C, *)"
@@ -55,11 +55,12 @@ class _InstanceNorm(Layer, torch.nn.modules.instancenorm._InstanceNorm):
             mask: True = keep; input's shape, or without the channels.
         """
         check_input_dim(self, input, self._expects)
-        unbatched = input.dim() == self._get_no_batch_dim()
+        unbatched = input.dim() == self._get_no_batch_dim()  # type: ignore[no-untyped-call]
         self._check_features(input, 0 if unbatched else 1)
-        batch = [t if t is None or not unbatched else t.unsqueeze(0) for t in (input, residual, mask)]
-        output = self._normalize(*batch)
-        return output.squeeze(0) if unbatched else output
+        if not unbatched:
+            return self._normalize(input, residual, mask)
+        residual, mask = (t if t is None else t.unsqueeze(0) for t in (residual, mask))
+        return self._normalize(input.unsqueeze(0), residual, mask).squeeze(0)
 
     def _check_features(self, input: Tensor, axis: int) -> None:  # noqa: A002
         size = input.size(axis)
@@ -79,10 +80,6 @@ class _InstanceNorm(Layer, torch.nn.modules.instancenorm._InstanceNorm):
 
     def _normalize(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:  # noqa: A002
         tracks = self.training and self.track_running_stats
-        counts = tracks and self.num_batches_tracked is not None
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and counts:
-            momentum = 1.0 / (self.num_batches_tracked + 1)  # type: ignore[operator]
         output = instance_norm(
             input,
             self.running_mean,
@@ -90,14 +87,13 @@ class _InstanceNorm(Layer, torch.nn.modules.instancenorm._InstanceNorm):
             self.weight,
             self.bias,
             self.training or not self.track_running_stats,
-            momentum,
+            self.batch_weight(tracks),
             self.eps,
             activation=self.activation,
             residual=residual,
             mask=mask,
         )
-        if counts:
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr, operator]
+        self.count_batch(tracks)
         return output
 
 
@@ -126,7 +122,7 @@ class _LazyInstanceNorm(_InstanceNorm):
 
 
 class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
-    """`torch.nn.InstanceNorm1d` over (N, C, L) or (C, L), with a fused activation and residual, and masks.
+    """`torch.nn.InstanceNorm1d` over (N, C, L) or (C, L), with activation, residual and masks.
 
     y = activation(γ · (x − μ_S)/√(σ²_S + ε) + β + residual), S = every cell of one channel of one sample. Unlike
     torch's, momentum=None keeps the cumulative mean, and num_batches_tracked counts.
@@ -134,7 +130,7 @@ class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
     Args:
         num_features: C.
         eps: ε.
-        momentum: Weight of the newest batch in the running statistics; None for the cumulative mean of all batches.
+        momentum: Weight of the newest batch in the running statistics; None for the mean of all batches.
         affine: Learn γ and β, of size C.
         track_running_stats: Keep running statistics and normalize by them in evaluation.
         device: As in torch.
@@ -157,7 +153,7 @@ class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
 
 
 class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
-    """`torch.nn.InstanceNorm2d` over (N, C, H, W) or (C, H, W), with a fused activation and residual, and masks.
+    """`torch.nn.InstanceNorm2d` over (N, C, H, W) or (C, H, W), with activation, residual and masks.
 
     y = activation(γ · (x − μ_S)/√(σ²_S + ε) + β + residual), S = every cell of one channel of one sample. Unlike
     torch's, momentum=None keeps the cumulative mean, and num_batches_tracked counts.
@@ -165,7 +161,7 @@ class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
     Args:
         num_features: C.
         eps: ε.
-        momentum: Weight of the newest batch in the running statistics; None for the cumulative mean of all batches.
+        momentum: Weight of the newest batch in the running statistics; None for the mean of all batches.
         affine: Learn γ and β, of size C.
         track_running_stats: Keep running statistics and normalize by them in evaluation.
         device: As in torch.
@@ -188,7 +184,7 @@ class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
 
 
 class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
-    """`torch.nn.InstanceNorm3d` over (N, C, D, H, W) or (C, D, H, W), with a fused activation and residual, and masks.
+    """`torch.nn.InstanceNorm3d` over (N, C, D, H, W) or (C, D, H, W), with activation, residual and masks.
 
     y = activation(γ · (x − μ_S)/√(σ²_S + ε) + β + residual), S = every cell of one channel of one sample. Unlike
     torch's, momentum=None keeps the cumulative mean, and num_batches_tracked counts.
@@ -196,7 +192,7 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     Args:
         num_features: C.
         eps: ε.
-        momentum: Weight of the newest batch in the running statistics; None for the cumulative mean of all batches.
+        momentum: Weight of the newest batch in the running statistics; None for the mean of all batches.
         affine: Learn γ and β, of size C.
         track_running_stats: Keep running statistics and normalize by them in evaluation.
         device: As in torch.
@@ -205,7 +201,7 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
         activation: Applied last; see `normscope.normalize`.
 
     Raises:
-        ShapeError: The input is not (N, C, D, H, W) or (C, D, H, W), has other than C channels, or one value per channel.
+        ShapeError: The input is not (N, C, D, H, W) or (C, D, H, W), has other channels, or one value each.
 
     Source: Ulyanov et al. 2016, eq. 5.
 
@@ -222,19 +218,18 @@ class LazyInstanceNorm1d(_LazyInstanceNorm, torch.nn.LazyInstanceNorm1d):
     """`InstanceNorm1d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C, L) or (C, L)"
-    cls_to_become = InstanceNorm1d  # type: ignore[assignment]
+    cls_to_become = InstanceNorm1d
 
 
 class LazyInstanceNorm2d(_LazyInstanceNorm, torch.nn.LazyInstanceNorm2d):
     """`InstanceNorm2d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C, H, W) or (C, H, W)"
-    cls_to_become = InstanceNorm2d  # type: ignore[assignment]
+    cls_to_become = InstanceNorm2d
 
 
 class LazyInstanceNorm3d(_LazyInstanceNorm, torch.nn.LazyInstanceNorm3d):
     """`InstanceNorm3d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C, D, H, W) or (C, D, H, W)"
-    cls_to_become = InstanceNorm3d  # type: ignore[assignment]
-
+    cls_to_become = InstanceNorm3d

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,16 +11,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from normscope.errors import ArgumentError, NotationError, ShapeError
-from normscope.functional.core import check_activation, check_degenerate, check_dtype, run, view_of
+from normscope.functional.core import check_degenerate, check_dtype, run, view_of
 from normscope.functional.running import update_running
 from normscope.kernels.formula import Formula
-from normscope.nn.base import Layer, normalizes
+from normscope.nn.base import Tracking, normalizes
 from normscope.scope import parse
 
 __all__ = ["Norm"]
 
 
-class Norm(Layer):
+class Norm(Tracking):
     """A normalizer of any scope: y = activation(γ · (x − μ_S)/√(σ²_S + ε) + β + residual).
 
     Args:
@@ -100,6 +101,12 @@ class Norm(Layer):
                 f"size {self.size} has {len(self.size)} entries, params {self.params!r} names {len(axes)} axes",
                 cure="give one size per axis named in params",
             )
+        # An input of the stated sizes, as small as it can be otherwise.
+        given = [
+            math.prod([self.sizes.get(part.name, 1) for part in scope.parts if part.axis == k])
+            for k in range(scope.rank)
+        ]
+        scope.unfold([self.size[axes.index(k)] if k in axes else n for k, n in enumerate(given)], self.sizes)
         if self.eps < 0:
             raise ArgumentError(f"eps must be non-negative, but got {self.eps}", cure="the usual value is 1e-5")
         inside = [part.name for part in scope.parts if part.averaged and part.axis in axes]
@@ -155,9 +162,8 @@ class Norm(Layer):
             input, view, formula, weight=self.weight, bias=self.bias, residual=residual, mean=mean, var=var, mask=keep
         )
         if self.training and self.num_batches_tracked is not None:
-            momentum = self.momentum if self.momentum is not None else 1.0 / (self.num_batches_tracked + 1)
-            update_running(running, (mean, var), view, keep, momentum, formula)
-            self.num_batches_tracked.add_(1)
+            update_running(running, (mean, var), view, keep, self.batch_weight(True), formula)
+            self.count_batch(True)
         return output
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ __all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
 
 
 class LayerNorm(Layer, torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` over the trailing axes, with a fused activation and residual, and masks.
+    """`torch.nn.LayerNorm` over the trailing axes, with activation, residual and masks.
 
     y = activation(γ · (x − μ_S)/√(σ²_S + ε) + β + residual), S = the trailing axes of one sample.
 
@@ -50,7 +50,7 @@ class LayerNorm(Layer, torch.nn.LayerNorm):
         *,
         activation: str | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self.set_activation(activation)
 
     @normalizes
@@ -69,7 +69,7 @@ class LayerNorm(Layer, torch.nn.LayerNorm):
 
 
 class GroupNorm(Layer, torch.nn.GroupNorm):
-    """`torch.nn.GroupNorm` over (N, C, *), with a fused activation and residual, and masks.
+    """`torch.nn.GroupNorm` over (N, C, *), with activation, residual and masks.
 
     y = activation(γ · (x − μ_S)/√(σ²_S + ε) + β + residual), S = the channels of one group of one sample.
 
@@ -127,7 +127,7 @@ class GroupNorm(Layer, torch.nn.GroupNorm):
 
 
 class RMSNorm(Layer, torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` over the trailing axes, with a fused activation and residual, and masks.
+    """`torch.nn.RMSNorm` over the trailing axes, with activation, residual and masks.
 
     y = activation(γ · x/√(mean_S(x²) + ε) + residual), S = the trailing axes of one sample.
 
@@ -160,7 +160,7 @@ class RMSNorm(Layer, torch.nn.RMSNorm):
         *,
         activation: str | None = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self.set_activation(activation)
 
     @normalizes

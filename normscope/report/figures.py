@@ -1,7 +1,7 @@
 """Figures drawn from records with matplotlib's object interface: no display, no global state.
 
-Matplotlib is imported when a figure is drawn, not before. Colours are those of Okabe and Ito, which colour-blind readers
-tell apart; line styles say the same once more.
+Matplotlib is imported when a figure is drawn, not before. Colours are those of Okabe and Ito, which colour-blind
+readers tell apart; line styles say the same once more.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from normscope.errors import DependencyError
-from normscope.records import Figure1, TrainingRun
+from normscope.records import Figure1
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.figure import Figure, FigureBase, SubFigure
     from matplotlib.transforms import Transform
 
 __all__ = ["Panel", "draw_figure1", "figure1_panels", "require_matplotlib", "save_figure1"]
@@ -64,9 +64,10 @@ def draw_figure1(record: Figure1) -> Figure:
     """The whole figure: accuracy at every learning rate on the left, percentiles of a typical unit on the right."""
     rates = record.rates
     figure = _figure(2.55 * len(rates) + 5.2, 5.6)
-    left, right = figure.subfigures(1, 2, width_ratios=(2.55 * len(rates) + 0.6, 4.6), wspace=0.04)
+    grid = figure.add_gridspec(1, 2, width_ratios=(2.55 * len(rates) + 0.6, 4.6), wspace=0.04)
+    left, right = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     _heading(left, "a", f"Test accuracy on {record.data.title}")
-    for index, axes in enumerate(left.subplots(1, len(rates), sharey=True, squeeze=False)[0]):
+    for index, axes in enumerate(_row_of_axes(left, len(rates))):
         _draw_accuracy(axes, record, rates[index], first=index == 0)
     _heading(right, "b, c", f"Input of a typical last hidden unit, learning rate {record.shown_rate:g}")
     for index, axes in enumerate(right.subplots(2, 1, sharex=True, sharey=True)):
@@ -80,18 +81,20 @@ def save_figure1(record: Figure1, folder: Path) -> tuple[Path, Path]:
     png, svg = folder / "figure1.png", folder / "figure1.svg"
     figure.savefig(png, dpi=160, facecolor="white", metadata={"Software": None})
     figure.set_layout_engine("none")  # the layout found for the first file holds for the second
-    svg.write_text(_svg(figure, salt="figure1", text_as_paths=True), encoding="utf-8")
+    svg.write_text(_svg(figure, text_as_paths=True), encoding="utf-8")
     return png, svg
 
 
 def figure1_panels(record: Figure1) -> tuple[Panel, ...]:
     """The figure in parts that a page can reflow: one per learning rate, then the two of the percentiles."""
-    panels = []
+    panels: list[Panel] = []
     for rate in record.rates:
         figure = _figure(3.5, 3.1)
         _draw_accuracy(figure.subplots(), record, rate, first=True)
         ends = ", ".join(f"{_percent(record.run(rate, normalized=n).final.value)} {NAMES[n]}" for n in (True, False))
-        panels.append(_panel(figure, f"Test accuracy at learning rate {rate:g}: at the end {ends}.", f"rate{rate:g}"))
+        panels.append(
+            _panel(figure, f"Test accuracy at learning rate {rate:g}: at the end {ends}.", f"a{len(panels)}-")
+        )
     for normalized in (False, True):
         figure = _figure(3.5, 2.7)
         axes = figure.subplots()
@@ -101,7 +104,7 @@ def figure1_panels(record: Figure1) -> tuple[Panel, ...]:
             f"15th, 50th and 85th percentile of the input of unit {bands.unit} of the last hidden layer, "
             f"{NAMES[normalized]}, learning rate {record.shown_rate:g}."
         )
-        panels.append(_panel(figure, caption, f"bands{normalized}"))
+        panels.append(_panel(figure, caption, f"b{len(panels)}-"))
     return tuple(panels)
 
 
@@ -153,11 +156,15 @@ def _draw_bands(axes: Axes, record: Figure1, *, normalized: bool, last: bool) ->
         axes.set_xlabel("training steps", color=INK)
 
 
+def _row_of_axes(part: SubFigure, count: int) -> list[Axes]:
+    return list(part.subplots(1, count, sharey=True, squeeze=False, gridspec_kw={"wspace": 0.08})[0])
+
+
 def _above(axes: Axes, points: float) -> Transform:
     """The axes' own coordinates, moved up by some points."""
     from matplotlib.transforms import ScaledTranslation
 
-    return axes.transAxes + ScaledTranslation(0, points / 72, axes.get_figure(root=True).dpi_scale_trans)
+    return axes.transAxes + ScaledTranslation(0, points / 72, axes.figure.dpi_scale_trans)
 
 
 def _frame(axes: Axes) -> None:
@@ -201,19 +208,22 @@ def _heading(part: FigureBase, letter: str, text: str) -> None:
     part.suptitle(f"{letter}   {text}", x=0.01, ha="left", color=INK, fontsize=11)
 
 
-def _panel(figure: Figure, caption: str, salt: str) -> Panel:
-    svg = _svg(figure, salt=salt, text_as_paths=False)
+def _panel(figure: Figure, caption: str, prefix: str) -> Panel:
+    svg = _svg(figure, text_as_paths=False)
     for fixed, variable in CSS_COLOURS.items():
         svg = svg.replace(fixed, variable)
+    # All pictures of a page share one space of identifiers.
+    for reference in ('id="', 'href="#', "url(#"):
+        svg = svg.replace(reference, reference + prefix)
     start = svg.index("<svg ")  # what stands before it is legal in a file only
     return Panel(caption, svg[start:])
 
 
-def _svg(figure: Figure, *, salt: str, text_as_paths: bool) -> str:
+def _svg(figure: Figure, *, text_as_paths: bool) -> str:
     import matplotlib as mpl
 
-    # Salted, the identifiers of several pictures in one page differ, and the same record gives the same bytes.
-    options = {"svg.fonttype": "path" if text_as_paths else "none", "svg.hashsalt": salt}
+    # Without a salt of ours matplotlib draws one, and identifiers change with every run.
+    options: Any = {"svg.fonttype": "path" if text_as_paths else "none", "svg.hashsalt": "normscope"}
     buffer = io.StringIO()
     with mpl.rc_context(options):
         figure.savefig(buffer, format="svg", transparent=not text_as_paths, metadata={"Date": None, "Creator": None})

@@ -1,10 +1,10 @@
 """The notation: a pattern names the axes of x in order, and brackets mark the axes averaged over.
 
-    "[n] c [h w]"        BatchNorm: one mean and one variance per channel
-    "... [c]"            LayerNorm: "..." stands for any number of axes
-    "n (g [c]) [h w]"    GroupNorm: parentheses split one axis; all its sizes but one are given, here g=32
+"[n] c [h w]"        BatchNorm: one mean and one variance per channel
+"... [c]"            LayerNorm: "..." stands for any number of axes
+"n (g [c]) [h w]"    GroupNorm: parentheses split one axis; all its sizes but one are given, here g=32
 
-    pattern := item+          item := name | "..." | "[" item+ "]" | "(" name+ ")"
+pattern := item+          item := name | "..." | "[" item+ "]" | "(" name+ ")"
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ In every common layout the sets of Batch, Layer, Instance, Group and positional 
 
     S(i, j) = { i·si + j·sj + p·sp + q : p < P, q < Q },   i < I, j < J
 
-so a kernel needs seven integers and one of two loop orders, never the name of a normalizer:
-*along* (Q > 1: a set is P runs of Q contiguous cells) and *across* (Q = 1: neighbours in memory belong to different sets).
+so a kernel needs seven integers and one of two loop orders, never the name of a normalizer: *along* (Q > 1: a set is P
+runs of Q contiguous cells) and *across* (Q = 1: neighbours in memory belong to different sets).
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+# Two commands on a fresh machine with Python and make: `make demo`, `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# Real data for the demo and the tests, where a folder with it lies beside the checkout.
+ifneq ($(wildcard ../shared/data),)
+export NORMSCOPE_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: help demo test check format clean
+help:
+	@echo "make demo    what Batch Normalization does, on real data, as figures and a page in normscope-demo/"
+	@echo "make test    all tests"
+	@echo "make check   format, lint, types, architecture"
+	@echo "make format  rewrite the code in the project's format"
+	@echo "make clean   remove the virtual environment and caches"
+
+# torch first and pinned, so that nothing else chooses its build.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/normscope demo
+
+test: $(READY)
+	$(BIN)/python -m pytest --numprocesses 2
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis normscope-demo

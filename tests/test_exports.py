@@ -1,0 +1,52 @@
+"""What `import normscope` offers, and what it must not drag in."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+PUBLIC = {
+    "normscope": [
+        "ArgumentError", "DataError", "DegenerateScopeError", "DependencyError", "DtypeError", "Moments",
+        "NormscopeError", "NotationError", "ShapeError", "__version__", "backends", "functional", "moments", "nn",
+        "normalize", "plan",
+    ],
+    "normscope.functional": ["add_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"],
+    "normscope.nn": [
+        "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d",
+        "InstanceNorm3d", "LayerNorm", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d",
+        "LazyInstanceNorm1d", "LazyInstanceNorm2d", "LazyInstanceNorm3d", "Norm", "RMSNorm",
+    ],
+}  # fmt: skip
+HEAVY = ("matplotlib", "pandas", "triton", "ray", "sklearn", "rich", "click", "jinja2", "scipy", "torch._dynamo")
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_exports_are_pinned(module):
+    exported = importlib.import_module(module)
+    assert sorted(exported.__all__) == sorted(PUBLIC[module])
+    assert all(hasattr(exported, name) for name in exported.__all__)
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+LOADED = "import sys; print(*[m for m in {heavy!r} if m in sys.modules])"
+
+
+def test_import_is_light():
+    before = set(run(f"import torch; {LOADED.format(heavy=HEAVY)}"))
+    after = set(run(f"import torch, normscope; {LOADED.format(heavy=HEAVY)}"))
+    assert after <= before
+
+
+def test_the_light_import_test_can_fail():
+    assert "matplotlib" in run(f"import torch, normscope, matplotlib; {LOADED.format(heavy=HEAVY)}")
+
+
+def test_import_adds_at_most_300_ms():
+    code = "import torch, time, sys\nstart = time.process_time(); import normscope; print(time.process_time() - start)"
+    # Processor time, the best of three: the machine's other work is not ours.
+    assert min(float(run(code)[0]) for _ in range(3)) < 0.3
