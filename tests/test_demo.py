@@ -100,6 +100,7 @@ def test_every_epoch_uses_every_sample_once():
     epochs = [torch.cat([next(batches) for _ in range(3)]).tolist() for _ in range(2)]
     assert all(len(set(epoch)) == 9 for epoch in epochs)
     assert epochs[0] != epochs[1]
+    assert next(figure1._batches(10, 3, seed=1)).tolist() != epochs[0][:3]
     assert sorted(next(figure1._batches(4, 60, seed=0)).tolist()) == [0, 1, 2, 3]
 
 

@@ -24,7 +24,6 @@ from torch_cases import (
     largest,
     random_like,
     randomized,
-    step,
 )
 
 import normscope as ns
@@ -104,7 +103,7 @@ def shown(parameters: Any) -> list[tuple[str, Any, Any]]:
     return [(p.name, p.kind, p.default) for p in parameters]
 
 
-@pytest.mark.parametrize("layer", (*LAYERS, *LAZY))
+@pytest.mark.parametrize("layer", [*LAYERS, *LAZY])
 def test_constructor_is_torchs_plus_activation(layer: str) -> None:
     """torch's lazy layers take `bias` too; all parameters keep their order, kind and default."""
     mine, peer = (
@@ -114,7 +113,7 @@ def test_constructor_is_torchs_plus_activation(layer: str) -> None:
     assert shown(mine[-1:]) == [("activation", inspect.Parameter.KEYWORD_ONLY, None)]
 
 
-@pytest.mark.parametrize("layer", (*LAYERS, *LAZY))
+@pytest.mark.parametrize("layer", [*LAYERS, *LAZY])
 def test_forward_takes_the_input_then_residual_and_mask(layer: str) -> None:
     own = list(inspect.signature(getattr(ns.nn, layer).forward).parameters.values())
     theirs = list(inspect.signature(getattr(nn, layer).forward).parameters)
@@ -285,7 +284,7 @@ def outcome(layer: nn.Module, x: Tensor) -> tuple[type, str] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             copy.deepcopy(layer)(x)
-    except Exception as error:  # noqa: BLE001 - whichever torch raises
+    except Exception as error:  # whichever torch raises
         return type(error), str(error).splitlines()[0]
     return None
 
@@ -307,8 +306,9 @@ def test_attributes_changed_by_hand(layer: str, mutation: str, training: bool) -
         assert expected[1] in raised[1]
     elif mutation == "frozen":
         x = x.detach()
-        torch.testing.assert_close(mine(x), peer(x), rtol=1e-5, atol=1e-5)
-        assert not mine(x).requires_grad
+        y = mine(x)
+        torch.testing.assert_close(y, peer(x), rtol=1e-5, atol=1e-5)
+        assert not y.requires_grad
         assert_buffers_close(mine, peer, steps=2)
     else:
         compare_layers(mine, peer, x)
@@ -585,7 +585,7 @@ ACTIVATIONS: dict[str, Any] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
+    "hardsigmoid": lambda z: F.relu6(z + 3) / 6,  # torch's own gradient is 1/6 rounded to float32, also in float64
 }
 
 
@@ -594,10 +594,10 @@ def gradients(y: Tensor, of: list[Tensor], seed: int = 3) -> list[Tensor]:
 
 
 def assert_all_close(mine: list[Tensor], expected: list[Tensor]) -> None:
-    """Float64 compositions of the same formula: a hundred roundings of the largest value."""
+    """Float64 compositions of one formula; in sets of two cells (σ² + ε)^−½ is up to 316 and multiplies roundings."""
     assert len(mine) == len(expected)
     for a, b in zip(mine, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=100 * eps_of(torch.float64) * max(largest(b), 1.0))
+        torch.testing.assert_close(a, b, rtol=0, atol=1000 * eps_of(torch.float64) * max(largest(b), 1.0))
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
@@ -672,7 +672,7 @@ def test_mask_of_batch_norm(layer: str, form: str, training: bool) -> None:
     """Kept cells alone enter the statistics, the gradients and the running buffers; the others come out 0."""
     shape = SHAPES[layer][-1]
     generator = torch.Generator().manual_seed(4)
-    mask = torch.rand(shape[:1] + (1,) + shape[2:], generator=generator) < 0.6
+    mask = torch.rand((*shape[:1], 1, *shape[2:]), generator=generator) < 0.6
     given = {
         "full": torch.rand(shape, generator=generator) < 0.6,
         "without-channels": mask.squeeze(1),
@@ -754,10 +754,5 @@ def test_mask_with_no_cell_or_one_cell() -> None:
 def test_masked_layer_is_the_plain_one_when_all_is_kept() -> None:
     for layer in LAYERS:
         mine, peer = pair(layer, **({"track_running_stats": True} if layer in TRACKING else {}))
-        x = data(*SHAPES[layer][0])
-        masked = step(mine, x, 7, mask=torch.ones(SHAPES[layer][0], dtype=torch.bool))
-        plain = step(copy.deepcopy(peer), x, 7)
-        for name, value in masked.items():
-            if not name.startswith("num_batches"):
-                bound = 4 * ROUNDINGS * eps_of(torch.float32) * max(largest(plain[name]), 1.0)
-                torch.testing.assert_close(value, plain[name], rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+        for shape in SHAPES[layer]:
+            compare_layers(mine, peer, data(*shape), mask=torch.ones(shape, dtype=torch.bool))

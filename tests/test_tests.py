@@ -53,16 +53,16 @@ class Broken:
         return a.double().expand(self.parts).to(self.wide)
 
     def mean(self, a):
-        if self.has("the tail of S is dropped"):
+        if self.has("the tail of S is dropped") and a.numel():
             tail = torch.ones(self.parts)
             tail[tuple(-1 if i in self.S else slice(None) for i in range(len(self.parts)))] = 0
             a = a * tail
         if self.has("sums cut into a piece per thread", "sums in another order for a batch"):
             pieces = torch.get_num_threads() if self.has("sums cut into a piece per thread") else self.parts[0]
-            total = sum(
-                piece.sum(self.S, keepdim=True) for piece in (a / self.m).tensor_split(min(pieces, 2), self.S[0])
+            return sum(
+                piece.sum(self.S, keepdim=True)
+                for piece in (a / self.m).tensor_split(1 if pieces < 2 else 2, self.S[0])
             )
-            return total
         total = a.double().where(self.keep, 0).sum(self.S, keepdim=True)
         if self.has("sets leak") and a.numel():
             total = total + 0 * a.double().where(self.keep, 0).sum()
@@ -74,10 +74,9 @@ class Broken:
         self.shape, self.wide = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
         mask = torch.ones((), dtype=torch.bool) if mask is None else mask
         if 0 < mask.dim() < x.dim():
-            at = 0 if self.has("a short mask broadcast over axis 0") else self.scope.axis_of("c")
-            mask = (
-                mask.unsqueeze(at) if mask.unsqueeze(at).shape[at - 1] in (1, x.shape[at - 1]) else mask.T.unsqueeze(at)
-            )
+            mask = mask.unsqueeze(self.scope.axis_of("c"))
+            if self.has("a short mask read for the first sample only"):
+                mask = mask[:1]
         self.keep = mask.expand(x.shape).reshape(self.parts)
         self.m = self.keep.sum(self.S, keepdim=True).clamp(min=1)
         if self.has("masked cells counted in m"):
@@ -149,9 +148,7 @@ class Broken:
             z = z.where(self.keep, 0)
         y = z.reshape(self.shape).to(dtype)
         if self.has("one NaN in y") and y.numel():
-            y = y + torch.zeros_like(y).index_fill(0, torch.tensor(0), float("nan")).where(
-                torch.arange(y.numel()).reshape(y.shape) == 0, 0
-            )
+            y = y.where(torch.arange(y.numel()).reshape(y.shape) > 0, float("nan"))
         if self.has("NaN for no samples") and not y.numel() and weight is not None:
             y = y + 0 * given
             weight.register_hook(lambda g: g * float("nan"))
@@ -172,7 +169,7 @@ class Broken:
 
     def xhat(self, x, high, low, var, eps, scale):
         if self.has("dx without the projection on x̂"):
-            var = var.detach()
+            var = var.detach() + 0 * var
         r = (var + eps).rsqrt()
         if self.has("ε outside the root"):
             r = 1 / (var.sqrt() + eps)
@@ -191,7 +188,7 @@ class Broken:
         if weight is not None:
             xhat = xhat * self.param(weight, params, "weight on the wrong axis")
         if bias is not None:
-            full = self.param(bias, params, None)
+            full = self.param(bias, params, "bias on the wrong axis")
             if self.has("dβ not summed over the first axis"):
                 full = torch.cat([full[:1], full[1:].detach()])
             xhat = xhat + full
@@ -212,9 +209,10 @@ FLAWS = {
     "the mean held in one float32": "as_accurate_off_centre",
     "unbiased variance": "output_has_the_moments_of_the_definition",
     "weight on the wrong axis": "agrees_with_the_oracle",
+    "bias on the wrong axis": "agrees_with_the_oracle",
     "masked cells counted in m": "agrees_under_a_mask",
     "masked cells come out as β": "agrees_under_a_mask",
-    "a short mask broadcast over axis 0": "agrees_under_a_mask_that_broadcasts",
+    "a short mask read for the first sample only": "agrees_under_a_mask_that_broadcasts",
     "residual after the activation": "adds_the_residual_before_the_activation",
     "dβ not summed over the first axis": "agrees_with_the_oracle",
     "the tail of S is dropped": "permuting_a_set_permutes_the_output",

@@ -64,9 +64,9 @@ def sample_params(*, reference: bool) -> list[Any]:
 @pytest.mark.parametrize(("function", "index"), sample_params(reference=True))
 def test_values_gradients_and_running_statistics(function: str, index: int, dtype: torch.dtype) -> None:
     call = samples(function, dtype)[index]
-    mine = evaluate(ours(function), call.fresh(), SEED)
-    peer = evaluate(torchs(function), call.fresh(), SEED)
-    true = evaluate(torchs(function), call.fresh(widened), SEED)
+    mine = evaluate(ours(function), call.fresh(), SEED, dtype)
+    peer = evaluate(torchs(function), call.fresh(), SEED, dtype)
+    true = evaluate(torchs(function), call.fresh(widened), SEED, dtype)
     scale = scales(function, call.arguments, SEED)
     assert mine.keys() == peer.keys()
     for name, value in mine.items():

@@ -73,10 +73,13 @@ def widened(value: Any) -> Any:
     return clone(value)
 
 
-def random_like(tensor: Tensor, seed: int) -> Tensor:
-    """A random upstream gradient: a constant one hides every error of a centred normalizer (Σ x̂ = 0)."""
+def random_like(tensor: Tensor, seed: int, rounded: torch.dtype | None = None) -> Tensor:
+    """A random upstream gradient: a constant one hides every error of a centred normalizer (Σ x̂ = 0).
+
+    `rounded` is the narrowest dtype of a comparison, so that all its columns get the same numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(rounded or tensor.dtype)
     return torch.empty_like(tensor, requires_grad=False).copy_(noise)
 
 
@@ -178,11 +181,13 @@ def torchs(function: str) -> Callable[..., Tensor]:
     return with_ones if function == "group_norm" else original
 
 
-def evaluate(function: Callable[..., Tensor], arguments: dict[str, Any], seed: int) -> dict[str, Any]:
+def evaluate(
+    function: Callable[..., Tensor], arguments: dict[str, Any], seed: int, rounded: torch.dtype
+) -> dict[str, Any]:
     """The output, the gradient of every argument that wants one, and all tensors after the call (mutation shows)."""
     y = function(**arguments)
     wanted = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad}
-    grads = torch.autograd.grad(y, list(wanted.values()), random_like(y, seed).to(y.dtype), allow_unused=True)
+    grads = torch.autograd.grad(y, list(wanted.values()), random_like(y, seed, rounded), allow_unused=True)
     result: dict[str, Any] = {"output": y.detach()}
     result |= {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
     result |= {f"{name} after the call": v.detach() for name, v in arguments.items() if isinstance(v, Tensor)}
@@ -314,13 +319,13 @@ def layer_arguments(layer: nn.Module, x: Tensor) -> tuple[str, dict[str, Any]]:
     return name, common | {"normalized_shape": layer.normalized_shape}
 
 
-def step(layer: nn.Module, x: Tensor, seed: int, **extra: Any) -> dict[str, Any]:
+def step(layer: nn.Module, x: Tensor, seed: int, rounded: torch.dtype | None = None, **extra: Any) -> dict[str, Any]:
     """One forward and backward pass: the output, all gradients, and the state dict after it."""
     x = clone(x)
     y = layer(x, **extra)
     result: dict[str, Any] = {"output": y.detach()}
     parameters = dict(layer.named_parameters())
-    grads = torch.autograd.grad(y, [x, *parameters.values()], random_like(y, seed).to(y.dtype), allow_unused=True)
+    grads = torch.autograd.grad(y, [x, *parameters.values()], random_like(y, seed, rounded), allow_unused=True)
     result |= {f"gradient of {n}": grad for n, grad in zip(("input", *parameters), grads, strict=True)}
     return result | {f"{n} after the call": t.detach().clone() for n, t in layer.state_dict().items()}
 
@@ -331,7 +336,8 @@ def compare_layers(ours: nn.Module, theirs: nn.Module, x: Tensor, seed: int = 7,
     counted = ours.state_dict().get("num_batches_tracked", torch.tensor(0)).clone()
     function, arguments = layer_arguments(theirs, x)
     scale = scales(function, arguments, seed)
-    mine, peer, true = step(ours, x, seed, **extra), step(theirs, x, seed), step(truth, widened(x), seed)
+    mine, peer = step(ours, x, seed, **extra), step(theirs, x, seed)
+    true = step(truth, widened(x), seed, x.dtype)
     assert list(mine) == list(peer)
     for name, value in mine.items():
         if name.startswith("num_batches_tracked"):

@@ -30,10 +30,10 @@ PERCENTILES = (15.0, 50.0, 85.0)
 
 DIFFERENCES = (
     "The paper trains for 50,000 steps at a learning rate that it does not state; here training is shorter and every "
-    "learning rate that was tried is shown.",
+    "learning rate of the run is shown.",
     "The paper feeds binary images; here a pixel is its grey value scaled to 0 … 1.",
     "The paper says that the weights start as small random Gaussian values; here their standard deviation is "
-    "1/√(number of inputs), which is kind to the network without Batch Normalization.",
+    "1/√(number of inputs).",
     "The network with Batch Normalization is measured as it would be used: with running statistics, not with those of "
     "the batch it sees. The percentiles therefore start once these statistics have forgotten their initial values.",
 )

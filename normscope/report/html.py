@@ -54,10 +54,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = lambda value: f"{100 * value:.1f}%"
+    environment.filters["hundredths"] = lambda value: f"{100 * value:.1f}"
     environment.filters["steps"] = lambda steps: "never" if steps is None else f"{steps:,}"
     return environment
-
-
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}%"

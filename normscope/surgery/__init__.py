@@ -1,0 +1,47 @@
+"""Surgery: edits of a model that lose nothing.
+
+One mechanism under every edit: *find* the normalizers, *replace* by reference, *prove* on an example, *undo* bit for
+bit. Every edit happens wholly or not at all, in place or on a copy, and returns a `Surgery`.
+"""
+
+from normscope.surgery.find import Call, Found, find, paths, trace
+from normscope.surgery.forward import feed, quiet
+from normscope.surgery.freeze import freeze, is_frozen, unfreeze
+from normscope.surgery.operation import Draft, Surgery, operate
+from normscope.surgery.prove import Proof
+from normscope.surgery.recalibrate import recalibrate
+from normscope.surgery.remedies import absorb_bias, copy_buffers, keep_float32, set_eps, set_momentum
+from normscope.surgery.replace import adopt, exchange, obstacle, replace
+from normscope.surgery.state import Snapshot, reach, state_hash
+from normscope.surgery.traits import Trait
+
+__all__ = [
+    "Call",
+    "Draft",
+    "Found",
+    "Proof",
+    "Snapshot",
+    "Surgery",
+    "Trait",
+    "absorb_bias",
+    "adopt",
+    "copy_buffers",
+    "exchange",
+    "feed",
+    "find",
+    "freeze",
+    "is_frozen",
+    "keep_float32",
+    "obstacle",
+    "operate",
+    "paths",
+    "quiet",
+    "reach",
+    "recalibrate",
+    "replace",
+    "set_eps",
+    "set_momentum",
+    "state_hash",
+    "trace",
+    "unfreeze",
+]

@@ -1,0 +1,142 @@
+"""The frame of every edit: all or nothing, proven where it claims to keep the function, and undone bit for bit."""
+
+from __future__ import annotations
+
+import copy as copies
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch.nn import Module
+
+from normscope.errors import ArgumentError
+from normscope.surgery.prove import Proof
+from normscope.surgery.state import Snapshot, uninterrupted
+
+__all__ = ["Draft", "Surgery", "operate"]
+
+# Names shown per list when a report is printed.
+SHOWN = 12
+
+
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
+class Surgery:
+    """What an edit of a model did.
+
+    Attributes:
+        operation: Its name.
+        model: The edited model; another object than was passed where a copy was asked for, or where the model itself
+            was a normalizer that has been replaced.
+        changed: Names of the modules that were changed.
+        skipped: Names of those that were not, each with the reason.
+        notes: What else is worth knowing, one sentence each.
+    """
+
+    operation: str
+    model: Module
+    changed: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    _before: Snapshot = field(repr=False)
+    _original: Module = field(repr=False)
+
+    def undo(self) -> Module:
+        """Take back what the edit changed, bit for bit, and return the model.
+
+        What has happened to the rest of the model since then stays, e.g. weights trained after `freeze`. Undo several
+        edits in reverse order.
+        """
+        self._before.restore()
+        return self._original
+
+    def __repr__(self) -> str:
+        return f"Surgery({self.operation!r}, {len(self.changed)} changed, {len(self.skipped)} skipped)"
+
+    def __str__(self) -> str:
+        head = f"{self.operation}: {len(self.changed)} changed, {len(self.skipped)} skipped"
+        changed = [_shown(name) for name in self.changed]
+        width = min(40, max((len(_shown(name)) for name, _ in self.skipped), default=0))
+        skipped = [f"{_shown(name):{width}}  {reason}" for name, reason in self.skipped]
+        return "\n".join([head, *_rows("changed", changed), *_rows("skipped", skipped), *_rows("note", self.notes)])
+
+
+def _shown(name: str) -> str:
+    return name or "(the model itself)"
+
+
+def _rows(label: str, lines: Sequence[str]) -> list[str]:
+    shown = [*lines[:SHOWN], *([f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])]
+    return [f"  {label if k == 0 else '':7}  {line}" for k, line in enumerate(shown)]
+
+
+class Draft:
+    """An edit in progress.
+
+    Attributes:
+        model: The model being edited; replacing the root replaces it here.
+        before: The model as it was.
+    """
+
+    def __init__(self, model: Module) -> None:
+        self.model = model
+        self.before = Snapshot(model)
+        self.changed: dict[str, None] = {}
+        self.skipped: list[tuple[str, str]] = []
+        self.notes: list[str] = []
+
+    def change(self, name: str) -> None:
+        """Note that a module was changed."""
+        self.changed[name] = None
+
+    def skip(self, name: str, reason: str) -> None:
+        """Note that a module was left alone, and why."""
+        self.skipped.append((name, reason))
+
+
+def operate(
+    operation: str,
+    model: Module,
+    edit: Callable[[Draft], None],
+    *,
+    copy: bool = False,
+    proof: Proof | None = None,
+) -> Surgery:
+    """Run an edit so that it happens wholly or not at all.
+
+    Args:
+        operation: Its name in the report.
+        model: The model.
+        edit: Changes `draft.model` in place and notes what it did; whatever it raises, KeyboardInterrupt included,
+            leaves the model as it was.
+        copy: Edit a deep copy.
+        proof: For an edit that claims to keep the function: how to show it.
+
+    Raises:
+        ArgumentError: The model cannot be copied.
+        NormscopeError: The edit changed the function; it has been undone.
+    """
+    original = _copied(model) if copy else model
+    draft = Draft(original)
+    try:
+        reference = None if proof is None else proof.observe(original)
+        edit(draft)
+        if proof is not None and reference is not None:
+            draft.notes.append(proof.compare(reference, draft.model, operation))
+        with uninterrupted():
+            draft.before.keep_changes()
+            return Surgery(
+                operation, draft.model, tuple(draft.changed), tuple(draft.skipped), tuple(draft.notes),
+                draft.before, original,
+            )  # fmt: skip
+    except BaseException:
+        draft.before.restore()
+        raise
+
+
+def _copied(model: Module) -> Module:
+    try:
+        return copies.deepcopy(model)
+    except Exception as error:
+        raise ArgumentError(
+            f"the model cannot be copied: {error}",
+            cure="copy=False edits it in place, and .undo() of the report takes that back",
+        ) from error

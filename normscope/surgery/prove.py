@@ -1,0 +1,147 @@
+"""Prove: two models compute the same on an example, in evaluation and in training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils import _pytree as pytree
+
+from normscope.errors import ArgumentError, NormscopeError
+from normscope.surgery.forward import Forward, feed, quiet
+from normscope.surgery.state import Snapshot
+
+__all__ = ["Observation", "Proof"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a model computed.
+
+    Attributes:
+        outputs: Its output tensors by mode; a mode in which the model itself fails is left out.
+        double: Whether model and example had been converted to float64.
+    """
+
+    outputs: dict[str, list[Tensor]]
+    double: bool
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A numerical proof on an example.
+
+    Two outputs are the same where |a − b| ≤ √ε · max|a|, ε the machine epsilon of the dtype: half of its digits, far
+    above rounding and far below any change of the function. The model is left as it was by every run, and random
+    numbers are the same in every run.
+
+    Attributes:
+        example: A batch as the loader yields it.
+        forward: `forward(model, batch)`; see `normscope.recalibrate`.
+        double: Convert model and example to float64 for the runs, where the model allows it: a deep network can blow
+            rounding up beyond the tolerance. Without it the proof is about what runs in production.
+    """
+
+    example: Any
+    forward: Forward | None = None
+    double: bool = False
+
+    def observe(self, model: Module) -> Observation:
+        """Run a model in both modes.
+
+        Raises:
+            ArgumentError: It returns no tensor.
+        """
+        if self.double:
+            try:
+                return self._observe(model, double=True)
+            except Exception:  # noqa: S110 - some models hold to one dtype; their own then has to do
+                pass
+        return self._observe(model, double=False)
+
+    def compare(self, reference: Observation, model: Module, operation: str) -> str:
+        """Run a second model and say in a sentence how close it is.
+
+        Raises:
+            NormscopeError: It computes something else.
+        """
+        observation = self._observe(model, double=reference.double)
+        worst = 0.0
+        for mode, expected in reference.outputs.items():
+            outputs = observation.outputs.get(mode)
+            problem = "it fails there" if outputs is None else _differs(expected, outputs)
+            if isinstance(problem, str):
+                raise NormscopeError(
+                    f"{operation} would change what the model computes in {mode} mode: {problem}",
+                    cure="the model is as it was; leave out modules with select=, or pass the example as it is used",
+                )
+            worst = max(worst, problem)
+        modes = " and ".join(reference.outputs)
+        return f"same output in {modes} mode (largest difference {worst:.1e} of the tolerance)"
+
+    def _observe(self, model: Module, *, double: bool) -> Observation:
+        outputs, example = {}, _double(self.example) if double else self.example
+        before = Snapshot(model)
+        for mode in ("evaluation", "training"):
+            with before, quiet():
+                if double:
+                    model.double()
+                model.train(mode == "training")
+                torch.manual_seed(0)
+                try:
+                    outputs[mode] = _tensors(feed(model, example, self.forward))
+                except Exception:
+                    # A batch of one sample cannot be normalized in training; evaluation must work.
+                    if mode == "evaluation":
+                        raise
+        return Observation(outputs, double)
+
+
+def _double(example: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    tensors = [leaf.detach().clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise ArgumentError(
+            f"the model returns no tensor but {type(output).__name__}, so nothing can be compared",
+            cure="pass forward=lambda model, batch: … that returns tensors",
+        )
+    return tensors
+
+
+def _differs(expected: list[Tensor], outputs: list[Tensor]) -> float | str:
+    """The largest difference in units of the tolerance, or in words what is otherwise."""
+    if len(expected) != len(outputs):
+        return f"{len(outputs)} tensors in place of {len(expected)}"
+    worst, floating = 0.0, any(t.is_floating_point() or t.is_complex() for t in expected)
+    for k, (a, b) in enumerate(zip(expected, outputs, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"output {k} is {tuple(b.shape)} of {b.dtype}, it was {tuple(a.shape)} of {a.dtype}"
+        if not (a.is_floating_point() or a.is_complex()):
+            # Rounding may move an argmax: whole numbers decide only where there is nothing else.
+            if not floating and not torch.equal(a, b):
+                return f"output {k} differs"
+            continue
+        distance = _distance(a, b)
+        if not distance <= 1:
+            return f"output {k} differs by {distance:.3g} times the tolerance"
+        worst = max(worst, distance)
+    return worst
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    eps = torch.finfo(a.dtype).eps
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.cpu().to(wide), b.cpu().to(wide)
+    if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a[a.isinf()], b[b.isinf()]):
+        return math.inf
+    finite = a.isfinite() & b.isfinite()
+    scale = a[finite].abs().max().item() if finite.any() else 0.0
+    difference = (a - b)[finite].abs().max().item() if finite.any() else 0.0
+    return difference / max(math.sqrt(eps) * scale, eps)

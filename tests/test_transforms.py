@@ -1,0 +1,584 @@
+"""Our layers under everything that torch does to a model: compilers, exporters, tracers, torch.func, autocast, hooks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.nn import functional as F
+from torch_cases import eps_of, largest, random_like, randomized
+
+import normscope as ns
+
+# Torch compiles some of its own forward-mode formulas with torch.jit.script when the first dual tensor is made.
+TORCH_SCRIPTS = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+# torch.jit.trace announces its own end.
+TORCH_TRACES = pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+
+
+def convnet(namespace: Any = ns.nn, momentum: float | None = 0.1) -> nn.Sequential:
+    """Every kind of layer between two convolutions and a classifier; running statistics in three of them."""
+    torch.manual_seed(1)
+    net = nn.Sequential()
+    net.add_module("conv", nn.Conv2d(3, 8, 3))
+    net.add_module("batch", namespace.BatchNorm2d(8, momentum=momentum))
+    net.add_module("act", nn.ReLU())
+    net.add_module("conv2", nn.Conv2d(8, 8, 3, bias=False))
+    net.add_module("group", namespace.GroupNorm(2, 8))
+    net.add_module("instance", namespace.InstanceNorm2d(8, affine=True, track_running_stats=True))
+    net.add_module("flat", nn.Flatten(2))
+    net.add_module("layer", namespace.LayerNorm(16))
+    net.add_module("rms", namespace.RMSNorm(16))
+    net.add_module("batch1", namespace.BatchNorm1d(8, momentum=momentum))
+    net.add_module("out", nn.Flatten())
+    net.add_module("head", nn.Linear(128, 4))
+    return randomized_statistics(net)
+
+
+def mlp(namespace: Any = ns.nn, norm: str = "BatchNorm1d") -> nn.Sequential:
+    torch.manual_seed(2)
+    second = {"GroupNorm": (2, 6), "LayerNorm": (6,), "RMSNorm": (6,), "BatchNorm1d": (6,)}[norm]
+    return randomized_statistics(
+        nn.Sequential(nn.Linear(5, 6), getattr(namespace, norm)(*second), nn.Tanh(), nn.Linear(6, 2))
+    )
+
+
+def randomized_statistics(net: nn.Sequential) -> nn.Sequential:
+    for index, module in enumerate(net):
+        if "Norm" in type(module).__name__:
+            randomized(module, index)
+    return net
+
+
+def data(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) + 0.5).to(dtype)
+
+
+class Block(nn.Module):
+    """All three added arguments at once: a residual block with padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.linear = nn.Linear(6, 6)
+        self.norm = ns.nn.LayerNorm(6, activation="gelu")
+        self.batch = ns.nn.BatchNorm1d(6, activation="relu")
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(self.linear(x), residual=x, mask=mask)
+        return self.batch(x.transpose(1, 2), residual=x.transpose(1, 2), mask=mask)
+
+
+def one_step(call: Callable[..., Tensor], net: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """Output, gradients of the first input and all parameters, buffers after the call."""
+    first = inputs[0].detach().requires_grad_()
+    y = call(first, *inputs[1:])
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    grads = torch.autograd.grad(y, [first, *parameters], random_like(y.detach(), 7), allow_unused=True)
+    result = {"output": y.detach()} | dict(zip(("gradient of input", *names), grads, strict=True))
+    return result | {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+
+def assert_same(mine: dict[str, Tensor], expected: dict[str, Tensor], ulp: float = 2000) -> None:
+    """Equal to `ulp` ulp of the largest value.
+
+    A net of ten float32 layers amplifies the roundings of its first ones by its normalizers' (σ² + ε)^−½; the
+    compiled and the eager net differ in the order of their sums.
+    """
+    assert mine.keys() == expected.keys()
+    for name, value in expected.items():
+        if value.is_floating_point():
+            bound = ulp * eps_of(value.dtype) * max(largest(value), 1e-3)
+            torch.testing.assert_close(mine[name], value, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+        else:
+            assert torch.equal(mine[name], value), name
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
+def test_compile_in_one_graph(momentum: float | None, training: bool) -> None:
+    """momentum=None breaks the graph of torch's own layer, which reads its counter as a Python number."""
+    eager = convnet(momentum=momentum).train(training)
+    compiled = copy.deepcopy(eager)
+    call = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for seed in range(2):
+        x = data(4, 3, 8, 8, seed=seed)
+        assert_same(one_step(call, compiled, x), one_step(eager, eager, x))
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_does_not_compile_again_for_every_batch() -> None:
+    """The counter of batches, and eps or momentum, must not become guards that fail at the next step."""
+    net = convnet(momentum=None).train()
+    compilations = []
+
+    def backend(graph: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        compilations.append(graph)
+        return graph.forward
+
+    call = torch.compile(net, backend=backend, fullgraph=True)
+    for seed in range(4):
+        call(data(4, 3, 8, 8, seed=seed))
+    assert len(compilations) == 1
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compile_with_dynamic_shapes(training: bool) -> None:
+    eager = convnet().train(training)
+    compiled = copy.deepcopy(eager)
+    compilations = []
+
+    def backend(graph: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        compilations.append(graph)
+        return graph.forward
+
+    call = torch.compile(compiled, backend=backend, fullgraph=True, dynamic=True)
+    for size in (4, 6, 3):
+        x = data(size, 3, 8, 8, seed=size)
+        assert_same(one_step(call, compiled, x), one_step(eager, eager, x))
+    assert len(compilations) == 1, "a new batch size compiles again"
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_with_residual_activation_and_mask() -> None:
+    eager = Block()
+    compiled = copy.deepcopy(eager)
+    call = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for seed in range(2):
+        x, mask = data(3, 5, 6, seed=seed), data(3, 5, seed=seed) > 0
+        assert_same(one_step(call, compiled, x, mask), one_step(eager, eager, x, mask))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("function", ["batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"])
+def test_compile_functions_in_bfloat16_and_channels_last(function: str) -> None:
+    x = data(3, 4, 5, 5, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    arguments: tuple[Any, ...] = {
+        "batch_norm": (None, None, None, None, True),
+        "layer_norm": ((5, 5),),
+        "rms_norm": ((5,),),
+        "group_norm": (2,),
+        "instance_norm": (),
+    }[function]
+    f = getattr(ns.functional, function)
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)(x, *arguments)
+    eager = f(x, *arguments)
+    # bfloat16 is rounded once, from float32 results that may differ in the last bits
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=eps_of(torch.bfloat16) * largest(eager))
+    assert compiled.stride() == eager.stride()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compile_with_inductor(training: bool) -> None:
+    """Generated C++ code; needs a C++ compiler, as torch.compile itself does."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("torch.compile needs a C++ compiler here")
+    eager = Block().train(training)
+    compiled = copy.deepcopy(eager)
+    call = torch.compile(compiled, fullgraph=True)
+    x, mask = data(3, 5, 6), data(3, 5) > 0
+    assert_same(one_step(call, compiled, x, mask), one_step(eager, eager, x, mask))
+
+
+# --- torch.export ---------------------------------------------------------------------------------------------------
+
+
+def operators(graph: fx.Graph) -> set[str]:
+    """The namespaces of all operators called in a graph."""
+    return {
+        target.namespace if isinstance(target, torch._ops.OpOverload) else repr(target)
+        for target in (node.target for node in graph.nodes if node.op == "call_function")
+        if "getitem" not in repr(target)
+    }
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_export(training: bool, momentum: float | None, strict: bool) -> None:
+    """Only aten operators are left, and the program does what the net does, buffers included."""
+    net = convnet(momentum=momentum).train(training)
+    x = data(4, 3, 8, 8)
+    program = torch.export.export(copy.deepcopy(net), (x,), strict=strict)
+    assert operators(program.graph) == {"aten"}
+    assert "normscope" not in str(program.graph)
+    module = program.module()
+    eager = copy.deepcopy(net)
+    for seed in range(2):
+        x = data(4, 3, 8, 8, seed=seed)
+        y, expected = module(x), eager(x)
+        assert_same({"output": y}, {"output": expected})
+    assert_same(dict(module.named_buffers()), dict(eager.named_buffers()))
+    decomposed = program.run_decompositions()
+    assert operators(decomposed.graph) == {"aten"}
+    mutated = set(decomposed.graph_signature.buffers_to_mutate.values())
+    counted = {name for name, _ in eager.named_buffers()}
+    assert mutated == (counted if training else set())
+
+
+def test_export_with_dynamic_batch() -> None:
+    net = convnet().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(net, (data(4, 3, 8, 8),), dynamic_shapes={"input": {0: batch}})
+    for size in (2, 7):
+        x = data(size, 3, 8, 8)
+        assert_same({"output": program.module()(x)}, {"output": net(x)})
+
+
+def test_export_with_residual_activation_and_mask() -> None:
+    net = Block().eval()
+    x, mask = data(3, 5, 6), data(3, 5) > 0
+    program = torch.export.export(net, (x, mask))
+    assert operators(program.graph) == {"aten"}
+    assert_same({"output": program.module()(x, mask)}, {"output": net(x, mask)})
+
+
+# --- torch.fx and torch.jit -------------------------------------------------------------------------------------------
+
+
+def test_symbolic_trace_keeps_layers_as_leaves() -> None:
+    """As torch's layers: one call_module node each, so that fx passes find them by type."""
+    net = convnet()
+    traced, reference = fx.symbolic_trace(net), fx.symbolic_trace(convnet(nn))
+    assert [(n.op, str(n.target)) for n in traced.graph.nodes] == [(n.op, str(n.target)) for n in reference.graph.nodes]
+    x = data(4, 3, 8, 8)
+    assert_same(one_step(copy.deepcopy(traced), traced, x), one_step(copy.deepcopy(net), net, x))
+    traced.recompile()
+    assert "batch" in traced.code
+
+
+def test_symbolic_trace_of_added_arguments() -> None:
+    net = Block().eval()
+    traced = fx.symbolic_trace(net)
+    calls = [node for node in traced.graph.nodes if node.op == "call_module"]
+    assert [node.target for node in calls] == ["linear", "norm", "batch"]
+    assert set(calls[1].kwargs) == {"residual", "mask"}
+    x, mask = data(3, 5, 6), data(3, 5) > 0
+    assert torch.equal(traced(x, mask), net(x, mask))
+
+
+@pytest.mark.parametrize("function", ["batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm"])
+def test_symbolic_trace_of_functions(function: str) -> None:
+    """One call_function node whose target is our function, as `F.layer_norm` gives."""
+    f = getattr(ns.functional, function)
+    arguments: tuple[Any, ...] = {
+        "batch_norm": (None, None, None, None, True),
+        "layer_norm": ((5,),),
+        "rms_norm": ((5,),),
+        "group_norm": (2,),
+        "instance_norm": (),
+    }[function]
+    traced = fx.symbolic_trace(lambda x: f(x, *arguments, activation="relu"))
+    nodes = [node for node in traced.graph.nodes if node.op not in ("placeholder", "output")]
+    assert [(node.op, node.target) for node in nodes] == [("call_function", f)]
+    x = data(3, 4, 5)
+    assert torch.equal(traced(x), f(x, *arguments, activation="relu"))
+
+
+def test_make_fx_sees_torch_operators_only() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    net = convnet().eval()
+    x = data(4, 3, 8, 8)
+    traced = make_fx(lambda x: net(x))(x)
+    assert operators(traced.graph) == {"aten"}
+    assert_same({"output": traced(x)}, {"output": net(x)})
+
+
+@TORCH_TRACES
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_jit_trace(training: bool) -> None:
+    net = convnet().train(training)
+    x = data(4, 3, 8, 8)
+    traced = torch.jit.trace(copy.deepcopy(net), (x,), check_trace=False)
+    runner, expected = copy.deepcopy(traced), copy.deepcopy(net)
+    if training:  # tracing ran the net once
+        expected(x)
+    for seed in range(2):
+        x = data(4, 3, 8, 8, seed=seed)
+        assert_same({"output": runner(x)}, {"output": expected(x)})
+    assert_same(dict(runner.named_buffers()), dict(expected.named_buffers()))
+
+
+# --- torch.func -----------------------------------------------------------------------------------------------------
+
+INDEPENDENT = ("LayerNorm", "RMSNorm", "GroupNorm")
+
+
+@pytest.mark.parametrize("norm", INDEPENDENT)
+def test_per_sample_gradients(norm: str) -> None:
+    """vmap(grad) over the batch equals a loop over the samples."""
+    net = mlp(norm=norm).double()
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    x, target = data(7, 5, dtype=torch.float64), data(7, 2, seed=1, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(functional_call(net, parameters, (x[None],)), target[None])
+
+    together = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, target)
+    for i in range(len(x)):
+        alone = torch.autograd.grad(F.mse_loss(net(x[i : i + 1]), target[i : i + 1]), list(net.parameters()))
+        for name, expected in zip(parameters, alone, strict=True):
+            # float64 sums of at most six terms in two orders
+            torch.testing.assert_close(together[name][i], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_per_sample_gradients_of_an_ensemble_with_batch_norm() -> None:
+    """vmap over models: each normalizes by its own batch, after torch.func took the running statistics away."""
+    nets = [torch.func.replace_all_batch_norm_modules_(mlp().double()) for _ in range(3)]
+    for seed, net in enumerate(nets):
+        randomized(net, seed)
+    parameters, _ = torch.func.stack_module_state(nets)  # type: ignore[arg-type]
+    x = data(7, 5, dtype=torch.float64)
+    upstream = random_like(torch.zeros(7, 2, dtype=torch.float64), 4)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return (functional_call(nets[0], parameters, (x,)) * upstream).sum()
+
+    together = vmap(grad(loss), in_dims=(0, None))(parameters, x)
+    for i, net in enumerate(nets):
+        alone = torch.autograd.grad((net(x) * upstream).sum(), list(net.parameters()))
+        for name, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(together[name][i], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_vmap_over_samples_with_frozen_batch_norm() -> None:
+    net = convnet().double().eval()
+    x = data(3, 2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(vmap(net)(x), torch.stack([net(part) for part in x]), rtol=1e-10, atol=1e-12)
+
+
+@TORCH_SCRIPTS
+@pytest.mark.parametrize("norm", [*INDEPENDENT, "BatchNorm1d"])
+def test_jvp_and_hessian(norm: str) -> None:
+    """Against torch's layers, in float64; jvp also against a central difference."""
+    mine, peer = (mlp(namespace, norm).double().eval() for namespace in (ns.nn, nn))
+    x, tangent = data(4, 5, dtype=torch.float64), data(4, 5, seed=1, dtype=torch.float64)
+    for a, b in zip(jvp(mine, (x,), (tangent,)), jvp(peer, (x,), (tangent,)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    step = 1e-6
+    difference = (mine(x + step * tangent) - mine(x - step * tangent)) / (2 * step)
+    # the error of a central difference: the third derivative times step², and eps / step
+    torch.testing.assert_close(jvp(mine, (x,), (tangent,))[1], difference, rtol=1e-5, atol=1e-7)
+    upstream = random_like(peer(x).detach(), 5)
+    second = [hessian(lambda x, net=net: (net(x) * upstream).sum())(x) for net in (mine, peer)]
+    torch.testing.assert_close(second[0], second[1], rtol=1e-8, atol=1e-9)
+
+
+@TORCH_SCRIPTS
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_forward_mode_dual_numbers(training: bool) -> None:
+    """Tangents in input and parameters at once, through a whole net, against backward mode: ⟨g, J t⟩ = ⟨Jᵀ g, t⟩."""
+    net = convnet().double().train(training)
+    names, values = zip(*net.named_parameters(), strict=True)
+    x = data(4, 3, 8, 8, dtype=torch.float64).requires_grad_()
+    tangents = [random_like(v, i) for i, v in enumerate((x, *values))]
+    buffers = {n: b.clone() for n, b in net.named_buffers()}
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(v.detach(), t) for v, t in zip((x, *values), tangents, strict=True)]
+        out = functional_call(net, dict(zip(names, duals[1:], strict=True)) | buffers, (duals[0],))
+        y, tangent = forward_ad.unpack_dual(out)
+    plain = net(x)
+    torch.testing.assert_close(y, plain, rtol=1e-9, atol=1e-11)
+    upstream = random_like(plain, 9)
+    grads = torch.autograd.grad(plain, [x, *values], upstream)
+    left = (upstream * tangent).sum()
+    right = sum((g * t).sum() for g, t in zip(grads, tangents, strict=True))
+    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+
+
+# --- higher derivatives, checkpointing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_gradient_penalty(training: bool) -> None:
+    """(‖∂y/∂x‖ − 1)² trained through, as in WGAN-GP: double backward through every kind of layer."""
+    results = []
+    for namespace in (ns.nn, nn):
+        net = convnet(namespace).double().train(training)
+        x = data(4, 3, 8, 8, dtype=torch.float64).requires_grad_()
+        y = net(x)
+        (dx,) = torch.autograd.grad(y, x, random_like(y, 1), create_graph=True)
+        penalty = (dx.flatten(1).norm(dim=1) - 1).square().mean()
+        results.append([penalty, *torch.autograd.grad(penalty, [x, *net.parameters()], allow_unused=True)])
+    for mine, expected in zip(*results, strict=True):
+        zero = torch.zeros(()) if mine is None or expected is None else None  # biases behind the last normalizer
+        if zero is not None:
+            assert not largest(mine), "torch has no gradient here"
+            assert not largest(expected), "ours has no gradient here"
+        else:
+            # second derivatives of a deep net amplify float64 roundings by (σ² + ε)^−½ per layer, three times over
+            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-9 * max(largest(expected), 1.0))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(reentrant: bool) -> None:
+    """Gradients as without; the running statistics move twice, as torch's layers' do when a block is recomputed."""
+    from torch.utils.checkpoint import checkpoint
+
+    results = []
+    for namespace in (ns.nn, nn):
+        net = convnet(namespace)
+        results.append(
+            one_step(lambda x, net=net: checkpoint(net, x, use_reentrant=reentrant), net, data(4, 3, 8, 8))
+            if not reentrant
+            else reentrant_step(net, data(4, 3, 8, 8))
+        )
+    mine, expected = results
+    mine["instance.num_batches_tracked"] = expected["instance.num_batches_tracked"]  # torch's never counts
+    assert_same(mine, expected)
+    plain = convnet()
+    for name, value in one_step(plain, plain, data(4, 3, 8, 8)).items():
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(mine[name], value), name
+    assert int(mine["batch.num_batches_tracked"]) == 2
+
+
+def reentrant_step(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Reentrant checkpoints work with .backward() only."""
+    from torch.utils.checkpoint import checkpoint
+
+    x.requires_grad_()
+    y = checkpoint(net, x, use_reentrant=True)
+    y.backward(random_like(y.detach(), 7))
+    grads = {"gradient of input": x.grad} | {name: p.grad for name, p in net.named_parameters()}
+    return {"output": y.detach()} | grads | {name: b.clone() for name, b in net.named_buffers()}
+
+
+# --- modes of torch ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("layer", "arguments"),
+    [
+        ("BatchNorm2d", (8,)),
+        ("InstanceNorm2d", (8,)),
+        ("GroupNorm", (2, 8)),
+        ("LayerNorm", (6,)),
+        ("RMSNorm", (6,)),
+    ],
+)
+def test_autocast(layer: str, arguments: tuple[int, ...], input_dtype: torch.dtype, training: bool) -> None:
+    """The dtype of the output is torch's, forward and backward."""
+    mine, peer = (getattr(namespace, layer)(*arguments).train(training) for namespace in (ns.nn, nn))
+    outputs = []
+    for module in (mine, peer):
+        x = data(4, 8, 6, 6, dtype=input_dtype).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = module(x)
+        y.backward(random_like(y.detach(), 2))
+        outputs.append((y.detach(), x.grad, *(p.grad for p in module.parameters())))
+    assert [t.dtype for t in outputs[0]] == [t.dtype for t in outputs[1]]
+    # one rounding to the dtype of the result, and a float32 computation before it
+    for a, b in zip(*outputs, strict=True):
+        assert largest(a - b) <= (2 * eps_of(a.dtype) + 100 * eps_of(torch.float32)) * max(largest(b), 1.0)
+
+
+def test_autocast_of_a_net() -> None:
+    outputs = []
+    for namespace in (ns.nn, nn):
+        net = convnet(namespace)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs.append(net(data(4, 3, 8, 8)))
+    assert outputs[0].dtype == outputs[1].dtype
+    # bfloat16 convolutions in between: 2⁻⁸ per layer, five layers, amplified by the normalizers
+    assert largest(outputs[0] - outputs[1]) <= 0.1 * largest(outputs[1])
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_without_gradients(mode: Callable[[], Any], training: bool) -> None:
+    """The same numbers and the same running statistics as with gradients, and no graph."""
+    net = convnet().train(training)
+    other = copy.deepcopy(net)
+    x = data(4, 3, 8, 8)
+    with mode():
+        y = net(x)
+    assert not y.requires_grad
+    assert y.is_inference() == (mode is torch.inference_mode)
+    expected = other(x)
+    assert torch.equal(y, expected.detach())
+    for (name, mine), (_, theirs) in zip(net.named_buffers(), other.named_buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
+        assert not mine.is_inference()
+    net(x).backward(random_like(expected.detach(), 1))  # the buffers still serve a training step
+
+
+def test_hooks_see_what_passes() -> None:
+    """Feature extraction and gradient hooks on our layers, as on torch's."""
+    seen: dict[str, list[tuple[int, ...]]] = {"ours": [], "torch": []}
+    for key, namespace in (("ours", ns.nn), ("torch", nn)):
+        net = convnet(namespace)
+        log = seen[key]
+        for module in net:
+            if "Norm" in type(module).__name__:
+                module.register_forward_pre_hook(lambda m, args, log=log: log.append(tuple(args[0].shape)))
+                module.register_forward_hook(lambda m, args, y, log=log: log.append(tuple(y.shape)))
+                module.register_full_backward_hook(
+                    lambda m, dx, dy, log=log: log.extend([tuple(dx[0].shape), tuple(dy[0].shape)])
+                )
+        y = net(data(4, 3, 8, 8).requires_grad_())
+        y.backward(random_like(y.detach(), 1))
+    assert seen["ours"] == seen["torch"]
+    assert len(seen["ours"]) == 4 * 6
+
+
+def test_in_place_after_and_before_our_layers() -> None:
+    """In-place ReLU on our output must not spoil the gradient, nor pass unnoticed where torch refuses."""
+    for name, arguments in (("BatchNorm1d", (6,)), ("LayerNorm", (6,)), ("GroupNorm", (2, 6))):
+        results = []
+        for namespace in (ns.nn, nn):
+            torch.manual_seed(0)
+            net = nn.Sequential(
+                nn.Linear(5, 6), randomized(getattr(namespace, name)(*arguments), 1), nn.ReLU(inplace=True)
+            )
+            results.append(one_step(net, net, data(4, 5)))
+        assert_same(*results)
+        norm = getattr(ns.nn, name)(*arguments)
+        x = data(4, 6).requires_grad_() * 1.0
+        y = norm(x)
+        x.mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward(random_like(y.detach(), 1))
+
+
+def test_two_calls_before_one_backward() -> None:
+    """A shared layer called twice, as in siamese nets: each call keeps its own statistics for its gradient."""
+    results = []
+    for namespace in (ns.nn, nn):
+        net = mlp(namespace)
+        x, other = data(4, 5).requires_grad_(), data(6, 5, seed=1)
+        y, z = net(x), net(other)
+        grads = torch.autograd.grad(
+            [y, z], [x, *net.parameters()], [random_like(y.detach(), 1), random_like(z.detach(), 2)]
+        )
+        results.append({str(i): g for i, g in enumerate(grads)} | dict(net.named_buffers()))
+    assert_same(*results)
