@@ -1,6 +1,6 @@
 """The accuracy table of the README: the largest error of y against the float64 oracle, as the data move off centre.
 
-    python scripts/accuracy_table.py
+python scripts/accuracy_table.py
 """
 
 import numpy as np
@@ -34,7 +34,8 @@ def errors(pattern, sizes, layout):
         x = (grid + offset).contiguous(memory_format=layout)
         truth = oracle.normalize(x.double().numpy(), pattern, **sizes)
         yield tuple(
-            float(np.abs(y.double().numpy() - truth).max()) for y in (ns.normalize(x, pattern, **sizes), TORCH[pattern](x))
+            float(np.abs(y.double().numpy() - truth).max())
+            for y in (ns.normalize(x, pattern, **sizes), TORCH[pattern](x))
         )
 
 

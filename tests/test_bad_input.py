@@ -1,4 +1,4 @@
-"""Bad input: every mistake a user can make gets a typed error that names the shape and the cure, or a defined result."""
+"""Bad input: every mistake gets a typed error that names the shape and the cure, or a defined result."""
 
 import pickle
 
@@ -13,34 +13,118 @@ x4 = torch.zeros(2, 6, 4, 5)
 
 MISTAKES = {
     "pattern with a comma": (lambda: ns.normalize(x4, "[n], c h w"), ns.NotationError, "is not an axis name"),
-    "pattern of another rank": (lambda: ns.normalize(x4, "[n] c"), ns.ShapeError, "is for tensors of 2 axes, this one has 4"),
+    "pattern of another rank": (
+        lambda: ns.normalize(x4, "[n] c"),
+        ns.ShapeError,
+        "is for tensors of 2 axes, this one has 4",
+    ),
     "no brackets": (lambda: ns.normalize(x4, "n c h w"), ns.NotationError, "no axis is averaged over"),
     "pattern that is no string": (lambda: ns.normalize(x4, ("n", "c")), ns.NotationError, "a scope is a pattern"),
-    "missing group count": (lambda: ns.normalize(x4, "n (g [c]) [h w]"), ns.NotationError, "needs the sizes of all its factors"),
-    "group count that does not divide": (lambda: ns.normalize(x4, "n (g [c]) [h w]", g=4), ns.ShapeError, "does not fit (g [c]) with g=4"),
+    "missing group count": (
+        lambda: ns.normalize(x4, "n (g [c]) [h w]"),
+        ns.NotationError,
+        "needs the sizes of all its factors",
+    ),
+    "group count that does not divide": (
+        lambda: ns.normalize(x4, "n (g [c]) [h w]", g=4),
+        ns.ShapeError,
+        "does not fit (g [c]) with g=4",
+    ),
     "group count of zero": (lambda: ns.normalize(x4, "n (g [c]) [h w]", g=0), ns.ArgumentError, "must be at least 1"),
-    "group count that is no integer": (lambda: ns.normalize(x4, "n (g [c]) [h w]", g=2.0), ns.ArgumentError, "must be an integer"),
-    "misspelt option": (lambda: ns.normalize(x4, "[n] c [h w]", wieght=torch.ones(6)), ns.NotationError, "no axis 'wieght'"),
+    "group count that is no integer": (
+        lambda: ns.normalize(x4, "n (g [c]) [h w]", g=2.0),
+        ns.ArgumentError,
+        "must be an integer",
+    ),
+    "misspelt option": (
+        lambda: ns.normalize(x4, "[n] c [h w]", wieght=torch.ones(6)),
+        ns.NotationError,
+        "no axis 'wieght'",
+    ),
     "one cell per set": (lambda: ns.normalize(torch.zeros(1, 3), "[n] c"), ns.DegenerateScopeError, "holds one cell"),
-    "weight of another size": (lambda: ns.normalize(x4, "[n] c [h w]", weight=torch.ones(5)), ns.ShapeError, "weight of shape (5,) does not fit"),
-    "params that are no axis": (lambda: ns.normalize(x4, "[n] c [h w]", weight=torch.ones(6), params="d"), ns.NotationError, "params names 'd'"),
-    "unknown activation": (lambda: ns.normalize(x4, "[n] c [h w]", activation="swish"), ns.ArgumentError, "activation 'swish' is unknown"),
-    "negative eps": (lambda: ns.normalize(x4, "[n] c [h w]", eps=-1), ns.ArgumentError, "eps must be non-negative, but got -1"),
+    "weight of another size": (
+        lambda: ns.normalize(x4, "[n] c [h w]", weight=torch.ones(5)),
+        ns.ShapeError,
+        "weight of shape (5,) does not fit",
+    ),
+    "params that are no axis": (
+        lambda: ns.normalize(x4, "[n] c [h w]", weight=torch.ones(6), params="d"),
+        ns.NotationError,
+        "params names 'd'",
+    ),
+    "unknown activation": (
+        lambda: ns.normalize(x4, "[n] c [h w]", activation="swish"),
+        ns.ArgumentError,
+        "activation 'swish' is unknown",
+    ),
+    "negative eps": (
+        lambda: ns.normalize(x4, "[n] c [h w]", eps=-1),
+        ns.ArgumentError,
+        "eps must be non-negative, but got -1",
+    ),
     "integers": (lambda: ns.normalize(x4.long(), "[n] c [h w]"), ns.DtypeError, "not implemented for 'Long'"),
-    "complex numbers": (lambda: ns.moments(x4 + 0j, "[n] c [h w]"), ns.DtypeError, "not implemented for 'ComplexFloat'"),
-    "mask of numbers": (lambda: ns.normalize(x4, "[n] c [h w]", mask=torch.ones(2, 4, 5)), ns.DtypeError, "mask must be boolean"),
-    "mask of another shape": (lambda: ns.normalize(x4, "[n] c [h w]", mask=torch.ones(2, 4, 4).bool()), ns.ShapeError, "a mask of shape (2, 4, 4) does not fit"),
-    "residual of another shape": (lambda: ns.normalize(x4, "[n] c [h w]", residual=torch.ones(3, 6, 4, 5)), ns.ShapeError, "a residual of shape (3, 6, 4, 5) does not fit"),
-    "moments of another shape": (lambda: ns.normalize(x4, "[n] c [h w]", moments=(torch.ones(5), torch.ones(5))), ns.ShapeError, "a given mean of shape (5,) does not fit"),
-    "one moment": (lambda: ns.normalize(x4, "[n] c [h w]", moments=(torch.ones(6),)), ns.ArgumentError, "moments must be a mean and a variance"),
-    "batch of one": (lambda: F.batch_norm(torch.zeros(1, 3), None, None, training=True), ns.ShapeError, "Expected more than 1 value per channel when training"),
-    "eps of zero in training": (lambda: F.batch_norm(x4, None, None, training=True, eps=0), ns.ArgumentError, "batch_norm eps must be positive during training, but got 0"),
-    "wrong channel count": (lambda: F.batch_norm(x4, torch.zeros(5), torch.ones(5)), ns.ShapeError, "running_mean should contain 6 elements not 5"),
+    "complex numbers": (
+        lambda: ns.moments(x4 + 0j, "[n] c [h w]"),
+        ns.DtypeError,
+        "not implemented for 'ComplexFloat'",
+    ),
+    "mask of numbers": (
+        lambda: ns.normalize(x4, "[n] c [h w]", mask=torch.ones(2, 4, 5)),
+        ns.DtypeError,
+        "mask must be boolean",
+    ),
+    "mask of another shape": (
+        lambda: ns.normalize(x4, "[n] c [h w]", mask=torch.ones(2, 4, 4).bool()),
+        ns.ShapeError,
+        "a mask of shape (2, 4, 4) does not fit",
+    ),
+    "residual of another shape": (
+        lambda: ns.normalize(x4, "[n] c [h w]", residual=torch.ones(3, 6, 4, 5)),
+        ns.ShapeError,
+        "a residual of shape (3, 6, 4, 5) does not fit",
+    ),
+    "moments of another shape": (
+        lambda: ns.normalize(x4, "[n] c [h w]", moments=(torch.ones(5), torch.ones(5))),
+        ns.ShapeError,
+        "a given mean of shape (5,) does not fit",
+    ),
+    "one moment": (
+        lambda: ns.normalize(x4, "[n] c [h w]", moments=(torch.ones(6),)),
+        ns.ArgumentError,
+        "moments must be a mean and a variance",
+    ),
+    "batch of one": (
+        lambda: F.batch_norm(torch.zeros(1, 3), None, None, training=True),
+        ns.ShapeError,
+        "Expected more than 1 value per channel when training",
+    ),
+    "eps of zero in training": (
+        lambda: F.batch_norm(x4, None, None, training=True, eps=0),
+        ns.ArgumentError,
+        "batch_norm eps must be positive during training, but got 0",
+    ),
+    "wrong channel count": (
+        lambda: F.batch_norm(x4, torch.zeros(5), torch.ones(5)),
+        ns.ShapeError,
+        "running_mean should contain 6 elements not 5",
+    ),
     "scalar": (lambda: F.batch_norm(torch.tensor(1.0), None, None, training=True), ns.ShapeError, "at least 2D input"),
-    "normalized_shape of another size": (lambda: F.layer_norm(x4, (4,)), ns.ShapeError, "Given normalized_shape=[4], expected input with shape [*, 4]"),
-    "sum of two shapes": (lambda: F.add_norm(x4, x4[:, :3], (5,)), ns.ShapeError, "a residual of shape (2, 3, 4, 5) does not fit"),
-    "unknown activation of a layer": (lambda: ns.nn.LayerNorm(4, activation="swish"), ns.ArgumentError, "activation 'swish' is unknown"),
-}  # fmt: skip
+    "normalized_shape of another size": (
+        lambda: F.layer_norm(x4, (4,)),
+        ns.ShapeError,
+        "Given normalized_shape=[4], expected input with shape [*, 4]",
+    ),
+    "sum of two shapes": (
+        lambda: F.add_norm(x4, x4[:, :3], (5,)),
+        ns.ShapeError,
+        "a residual of shape (2, 3, 4, 5) does not fit",
+    ),
+    "unknown activation of a layer": (
+        lambda: ns.nn.LayerNorm(4, activation="swish"),
+        ns.ArgumentError,
+        "activation 'swish' is unknown",
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -228,6 +228,13 @@ def test_judge_leaves_equals_open():
     assert verdicts(*runs) == ["open"] * 4
 
 
+def test_judge_does_not_compare_the_ends_of_unfinished_trainings():
+    runs = [make_run(normalized=n, rate=1.0, accuracies=[0.1, 0.5 + 0.4 * n]) for n in (False, True)]
+    statement = figure1_judge.judge(runs, 300, chance=0.1)[2]
+    assert statement.verdict == "open"
+    assert statement.outcome.endswith("train longer.")
+
+
 def test_judge_counts_a_network_that_never_arrives():
     runs = [
         make_run(normalized=False, rate=1.0, accuracies=[0.1, 0.3, 0.4]),

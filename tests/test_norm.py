@@ -66,11 +66,8 @@ def test_params_in_another_order_than_the_axes():
     assert layer.running_mean.shape == (6, 4)
     assert_close(layer.running_mean, 0.1 * x.mean(0).mean(1).T, atol=1e-6, rtol=1e-5)
     layer.eval()
-    assert_close(
-        layer(x),
-        (x - layer.running_mean.T[:, None, :]) / (layer.running_var.T[:, None, :] + 1e-5).sqrt() * layer.weight.T[:, None, :],
-        atol=1e-5, rtol=1e-5,
-    )  # fmt: skip
+    mean, var, weight = (t.T[:, None, :] for t in (layer.running_mean, layer.running_var, layer.weight))
+    assert_close(layer(x), (x - mean) / (var + 1e-5).sqrt() * weight, atol=1e-5, rtol=1e-5)
 
 
 def test_masked_running_statistics_are_those_of_the_kept_cells():

@@ -134,14 +134,14 @@ class View:
             return None
         if mask.dtype != torch.bool:
             raise DtypeError(f"mask must be boolean, not {mask.dtype}", cure="pass mask != 0; True keeps a cell")
-        rank = len(self.shape)
+        given, rank = tuple(mask.shape), len(self.shape)
         if insert is not None and mask.dim() == rank - len(insert):
             for axis in sorted(insert):
                 mask = mask.unsqueeze(axis)
         if mask.dim() != rank or any(m not in (1, n) for m, n in zip(mask.shape, self.shape, strict=True)):
             short = None if insert is None else tuple(n for k, n in enumerate(self.shape) if k not in insert)
             raise ShapeError(
-                f"a mask of shape {tuple(mask.shape)} does not fit an input of shape {self.shape}",
+                f"a mask of shape {given} does not fit an input of shape {self.shape}",
                 pattern=self.scope.pattern,
                 cure=f"pass a mask that broadcasts to {self.shape}" + (f", or one of shape {short}" if short else ""),
             )

@@ -188,6 +188,10 @@ def _check_params(view: View, params: str, **tensors: Tensor | None) -> None:
 
 
 def _given(view: View, moments: Moments | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if len(moments) < 2:
+        raise ArgumentError(
+            "moments must be a mean and a variance", cure="pass (mean, var), or what ns.moments returned"
+        )
     expected = tuple(view.sizes[i] for i in view.scope.outside)
     for name, tensor in zip(("mean", "variance"), moments[:2], strict=False):
         if tuple(tensor.shape) != expected:

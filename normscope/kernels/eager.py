@@ -258,14 +258,11 @@ def _sum(x: Tensor, dims: Sequence[int]) -> Tensor:
 
 def _runs(x: Tensor, dims: Sequence[int]) -> list[list[int]]:
     """The dims, those that follow each other in memory together, the outermost first."""
+    strides = x.stride()
     runs: list[list[int]] = []
-    step = 0
-    for d in sorted(dims, key=lambda d: -x.stride(d)):
-        if x.shape[d] == 1 and len(runs) > 0:
-            continue
-        if runs and step == x.stride(d) * x.shape[d]:
+    for d in sorted(dims, key=lambda d: -strides[d]):
+        if runs and (x.shape[d] == 1 or strides[runs[-1][-1]] == strides[d] * x.shape[d]):
             runs[-1].append(d)
         else:
             runs.append([d])
-        step = x.stride(d)
     return runs

@@ -57,21 +57,25 @@ def judge(runs: Sequence[TrainingRun], steps: int, chance: float) -> tuple[State
     plain = [run for run in runs if not run.normalized]
     normed = [run for run in runs if run.normalized]
     target = target_accuracy(runs)
-    return (_rates(plain, normed, target), _speed(plain, normed, target), _accuracy(plain, normed, steps), _drift(runs))
+    return (
+        _rates(plain, normed, target, steps),
+        _speed(plain, normed, target),
+        _accuracy(plain, normed, target, steps),
+        _drift(runs),
+    )
 
 
-def _rates(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], target: float) -> Statement:
+def _rates(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], target: float, steps: int) -> Statement:
     def trained(runs: Sequence[TrainingRun]) -> list[float]:
         return sorted(run.learning_rate for run in runs if run.final.value >= target)
 
     without, having = trained(plain), trained(normed)
-    highest_without, highest_having = max(without, default=0.0), max(having, default=0.0)
     return Statement(
         claim=CLAIMS[0],
         outcome=f"Of {len(normed)} learning rates, the network with BN trained at {_listed(having)}, the one without "
-        f"at {_listed(without)}. Trained means {target:.1%} of the test set right at the end, which is {TARGET:.0%} of "
-        "the best result.",
-        verdict=_sign(highest_having - highest_without),
+        f"at {_listed(without)}. Trained means {target:.1%} of the test set right after {steps:,} steps, which is "
+        f"{TARGET:.0%} of the best result.",
+        verdict=_sign(max(having, default=0.0) - max(without, default=0.0)),
     )
 
 
@@ -88,18 +92,19 @@ def _speed(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], target: 
     )
 
 
-def _accuracy(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], steps: int) -> Statement:
+def _accuracy(plain: Sequence[TrainingRun], normed: Sequence[TrainingRun], target: float, steps: int) -> Statement:
     without = max(plain, key=lambda run: run.final.value)
     having = max(normed, key=lambda run: run.final.value)
     low, high = _difference(having.final, without.final)
     verdict: Agreement = "agrees" if low > 0 else "contradicts" if high < 0 else "open"
+    ending = ", so this test set cannot tell them apart." if verdict == "open" else "."
+    if min(without.final.value, having.final.value) < target:
+        verdict, ending = "open", ", but one of them is still far from the end: train longer."
     return Statement(
         claim=CLAIMS[2],
         outcome=f"After {steps:,} steps, each at its best rate: {having.final.value:.1%} with BN "
-        f"(rate {having.learning_rate:g}), "
-        f"{without.final.value:.1%} without (rate {without.learning_rate:g}). The difference lies between "
-        f"{100 * low:+.1f} and {100 * high:+.1f} percentage points"
-        + (", so this test set cannot tell them apart." if verdict == "open" else "."),
+        f"(rate {having.learning_rate:g}), {without.final.value:.1%} without (rate {without.learning_rate:g}). "
+        f"The difference lies between {100 * low:+.1f} and {100 * high:+.1f} percentage points{ending}",
         verdict=verdict,
     )
 

@@ -104,7 +104,9 @@ class Scope:
                     pattern=self.pattern,
                     cure=f"the pattern names {', '.join(names)}",
                 )
-            if isinstance(size, int) and size < 1:
+            if not hasattr(size, "__index__"):
+                raise ArgumentError(f"size {name}={size!r} must be an integer", pattern=self.pattern)
+            if size < 1:
                 raise ArgumentError(f"size {name}={size} must be at least 1", pattern=self.pattern)
 
     def _unfold_axis(

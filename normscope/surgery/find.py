@@ -114,12 +114,12 @@ def selected(select: Select) -> Callable[[str, Module], bool]:
             function of path and module.
     """
     if select is None:
-        return lambda path, module: True
+        return lambda *_: True
     if callable(select):
         return select
     names = [select] if isinstance(select, str) else list(select)
     patterns = [pattern for name in names for pattern in ((name, f"{name}.*") if name else ("*",))]
-    return lambda path, module: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    return lambda path, _: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def paths(model: Module) -> Iterator[tuple[Module, tuple[str, ...]]]:
@@ -156,7 +156,7 @@ def trace(model: Module, example: Any, forward: Forward | None = None, *, select
     counts: dict[int, int] = {}
 
     def watch(found: Found) -> None:
-        def note(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(_: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             index = counts.get(id(found.module), 0)
             counts[id(found.module)] = index + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch.nn import Module
@@ -24,13 +24,11 @@ class _Thawed(NamedTuple):
 class Frozen(Trait):
     """The trait of a module that stays in evaluation mode; its children follow `train()`."""
 
-    _thawed: _Thawed
-
     def train(self, mode: bool = True) -> Frozen:
         """Remember the mode for `unfreeze` and stay in evaluation."""
         super().train(mode)
         self.training = False
-        self._thawed = self._thawed._replace(training=mode)
+        _keep(self, _thawed(self)._replace(training=mode))
         return self
 
     def extra_repr(self) -> str:
@@ -139,19 +137,28 @@ def _freeze(module: Module, affine: bool) -> None:
     if not isinstance(module, Frozen):
         mode = module.training
         add_trait(module, Frozen)
-        vars(module)["_thawed"] = _Thawed(mode, ())
+        _keep(module, _Thawed(mode, ()))
         module.training = False
     if affine:
         learned = _learning(module)
         for name in learned:
             module.get_parameter(name).requires_grad_(False)
-        before: _Thawed = vars(module)["_thawed"]
-        vars(module)["_thawed"] = before._replace(learned=(*before.learned, *learned))
+        _keep(module, _thawed(module)._replace(learned=(*_thawed(module).learned, *learned)))
 
 
 def _thaw(module: Module) -> None:
-    thawed: _Thawed = vars(module).pop("_thawed")
+    thawed = _thawed(module)
+    del vars(module)["_thawed"]
     remove_trait(module, Frozen)
     module.training = thawed.training
     for name in thawed.learned:
         module.get_parameter(name).requires_grad_(True)
+
+
+# Without a declaration in the class: torch.jit.script would refuse its type.
+def _thawed(module: Module) -> _Thawed:
+    return cast(_Thawed, vars(module)["_thawed"])
+
+
+def _keep(module: Module, thawed: _Thawed) -> None:
+    vars(module)["_thawed"] = thawed

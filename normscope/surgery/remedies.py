@@ -152,7 +152,7 @@ class Float32(Trait):
             lower = t.is_floating_point() and moved.is_floating_point() and moved.dtype.itemsize < 4 <= t.dtype.itemsize
             return t.to(moved.device) if lower else moved
 
-        return cast(Float32, super()._apply(wide, recurse))
+        return cast(Float32, super()._apply(wide, recurse))  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Widen what comes in, narrow what goes out."""
@@ -203,7 +203,7 @@ def keep_float32(model: Module, *, select: Select = None, copy: bool = False) ->
             elif has_trait(found.module, Float32):
                 draft.skip(found.name, "in float32 already")
             else:
-                found.module._apply(lambda t: t.float() if _half(t) else t)
+                found.module._apply(lambda t: t.float() if _half(t) else t)  # type: ignore[no-untyped-call]
                 add_trait(found.module, Float32)
                 draft.change(found.name)
 
@@ -334,7 +334,7 @@ def _follow(model: Module, example: Any, forward: Forward | None) -> _Flow:
     flow = _Flow()
     watch = _Watch(flow)
 
-    def leave(module: Module, args: object, output: object) -> None:
+    def leave(module: Module, _: object, output: object) -> None:
         flow.modules[id(module)] = module
         if isinstance(output, Tensor):
             output._normscope_from = id(module)  # type: ignore[attr-defined]

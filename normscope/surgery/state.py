@@ -12,6 +12,7 @@ import collections
 import contextlib
 import hashlib
 import math
+import pickle
 import random
 import signal
 import threading
@@ -295,8 +296,8 @@ class _Rng:
     """The global random generators."""
 
     def __init__(self) -> None:
-        self.python, self.numpy, self.cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.python, self.numpy, self.cpu = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()  # noqa: NPY002
+        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
     def restore(self) -> None:
         random.setstate(self.python)
@@ -336,7 +337,7 @@ def _storages(t: Tensor) -> list[torch.UntypedStorage]:
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _layout(data: Tensor) -> tuple[Any, ...]:
@@ -378,7 +379,7 @@ class _Digest:
         for part in _parts(t.data):
             flat = part.resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
             self.add(part.stride(), math.prod(part.shape))
-            self.hash.update(memoryview(flat.view(torch.uint8).numpy()))
+            self.hash.update(flat.view(torch.uint8).numpy().tobytes())
 
 
 def state_hash(model: Module, *, rng: bool = False) -> str:
@@ -417,7 +418,7 @@ def state_hash(model: Module, *, rng: bool = False) -> str:
             digest.add(*map(_identity, thing))
     if rng:
         state = _Rng()
-        digest.add(state.python, state.numpy[0], state.numpy[1].tobytes(), *state.numpy[2:])
+        digest.add(state.python, pickle.dumps(state.numpy))
         for generator in (state.cpu, *state.cuda):
             digest.tensor(generator)
     return str(digest.hash.hexdigest())

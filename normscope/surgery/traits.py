@@ -17,7 +17,6 @@ is made again on loading, once per combination.
 from __future__ import annotations
 
 import copyreg
-import functools
 import types
 from typing import Any, cast
 
@@ -30,8 +29,8 @@ class Trait(Module):
     """Base of the mixins; subclasses override methods of Module and call super()."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments, *state = super().__reduce_ex__(max(2, int(protocol)))
-        if function is not copyreg.__newobj__ or arguments[0] is not type(self):
+        function, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(max(2, int(protocol))))
+        if function is not vars(copyreg)["__newobj__"] or arguments[0] is not type(self):
             return (function, arguments, *state)  # the class brings its own way, and with it its own class
         return (_new, (base_of(type(self)), traits_of(type(self)), *arguments[1:]), *state)
 
@@ -68,10 +67,18 @@ def base_of(cls: type[Module]) -> type[Module]:
     return cast("type[Module]", cls.__dict__.get("_base", cls))
 
 
-@functools.cache
+_MADE: dict[tuple[type[Module], tuple[type[Trait], ...]], type[Module]] = {}
+
+
 def _with_traits(base: type[Module], traits: tuple[type[Trait], ...]) -> type[Module]:
     if not traits:
         return base
+    if (base, traits) not in _MADE:
+        _MADE[base, traits] = _make(base, traits)
+    return _MADE[base, traits]
+
+
+def _make(base: type[Module], traits: tuple[type[Trait], ...]) -> type[Module]:
     body = {
         "_traits": traits,
         "_base": base,
