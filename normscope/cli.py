@@ -76,7 +76,7 @@ def backends() -> None:
 
 
 @main.command(short_help="What Batch Normalization does, measured in a minute.")
-@click.option("--quick", is_flag=True, help="Fewer steps and learning rates: under ten seconds.")
+@click.option("--quick", is_flag=True, help="Fewer steps and learning rates, auto means digits: under ten seconds.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -90,11 +90,9 @@ def backends() -> None:
     type=click.Choice(["auto", "digits", "mnist"]),
     default="auto",
     show_default=True,
-    help="digits travel inside normscope; mnist is read from $NORMSCOPE_DATA; auto takes mnist where it is present.",
+    help="digits are built in; mnist is read from $NORMSCOPE_DATA; auto is mnist where present, else digits.",
 )
-@click.option(
-    "--seed", type=click.IntRange(min=0, max=2**62), default=0, help="Seed of weights and batches.  [default: 0]"
-)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights and batches.")
 def demo(quick: bool, out: Path, data_name: str, seed: int) -> None:
     """Measure figure 1 of the Batch Normalization paper on this machine.
 
@@ -109,9 +107,9 @@ def demo(quick: bool, out: Path, data_name: str, seed: int) -> None:
     from normscope.report import figures, html, terminal
 
     figures.require_matplotlib()  # now rather than after a minute of training
-    samples = data.load(data_name)
-    _make_folder(out)
+    samples = data.load("digits" if quick and data_name == "auto" else data_name)
     settings = figure1.Settings.quick(seed) if quick else figure1.Settings(seed=seed)
+    _make_folder(out)
     command = f"normscope demo{' --quick' if quick else ''} --data {samples.name} --seed {seed}"
     with _progress("training") as on_step:
         record = figure1.run(samples, settings, command=command, on_step=on_step)

@@ -251,3 +251,246 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+# --- the doctor's records -----------------------------------------------------------------------------------------
+
+Severity = Literal["E", "W", "I"]
+Status = Literal[
+    "fail", "warn", "info", "pass", "not-applicable", "needs-input", "could-not-check", "intentional"
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One piece of evidence: a number, or text where `value` is None."""
+
+    name: str
+    value: float | None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """What can be done about a finding.
+
+    Attributes:
+        code: Its short name, e.g. "recal".
+        safety: S0 keeps the function exactly, S1 changes statistics or flags but no weight, S2 changes behaviour, S3 is
+            an edit of the user's own code.
+        text: What it does.
+        command: The command that applies it, or for S3 the patch.
+    """
+
+    code: str
+    safety: Literal["S0", "S1", "S2", "S3"]
+    text: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A trouble: which rule, where, what was seen, what it costs and what to do.
+
+    Attributes:
+        cost: What the trouble costs on samples that took no part in finding it; None where that was not measured.
+        explained_by: The code of the finding that causes this one, "" for a cause of its own.
+        explains: The share of the whole cost that these layers explain, where it was measured.
+    """
+
+    code: str
+    name: str
+    severity: Severity
+    layers: tuple[str, ...]
+    message: str
+    facts: tuple[Fact, ...]
+    cost: Interval | None
+    remedies: tuple[Remedy, ...]
+    explained_by: str = ""
+    explains: float | None = None
+
+    @property
+    def evidence(self) -> dict[str, float | str]:
+        """The facts by name."""
+        return {fact.name: fact.text if fact.value is None else fact.value for fact in self.facts}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a rule says, passes included; a rule that did not run has not passed."""
+
+    code: str
+    name: str
+    status: Status
+    reason: str
+    layers: tuple[str, ...] = ()
+    facts: tuple[Fact, ...] = ()
+    cost: Interval | None = None
+
+    @property
+    def evidence(self) -> dict[str, float | str]:
+        """The facts by name."""
+        return {fact.name: fact.text if fact.value is None else fact.value for fact in self.facts}
+
+
+@dataclass(frozen=True, slots=True)
+class NormRow:
+    """One normalizer of the checked model.
+
+    Attributes:
+        mode: "train", "eval" or "frozen", as the model was handed over.
+        calls: How often one forward calls it.
+        values: Values per statistic and batch; None where it was not reached.
+        delta: Median over the channels of |running mean − data mean| / σ.
+        rho: Median over the channels of |ln(running variance / data variance)|.
+        drifted: Share of channels beyond the thresholds of NRM103.
+        noise: Energy of the noise that this batch size brings into the output.
+        design_effect: By how much the loader's grouping inflates the variance of batch means.
+        explains: Share of the measured cost that goes away when this layer alone is recalibrated.
+        codes: The findings about it.
+    """
+
+    name: str
+    kind: str
+    mode: str
+    calls: int
+    values: float | None
+    delta: float | None
+    rho: float | None
+    drifted: float | None
+    noise: float | None
+    design_effect: float | None
+    explains: float | None
+    codes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The model in one state: as it is, on batch statistics, recalibrated.
+
+    Attributes:
+        state: "eval", "batch statistics", "recalibrated (population)", …
+        metric: Mean with its interval; None without a metric.
+        loss: The same for the loss.
+        samples: How many samples of split B it was measured on.
+    """
+
+    state: str
+    metric: Interval | None
+    loss: Interval | None
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class PassCost:
+    """One pass over cached batches."""
+
+    name: str
+    batches: int
+    samples: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """A threshold that was used, and why it lies there."""
+
+    name: str
+    value: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckRecord:
+    """The record of one check: everything that the terminal, the page and the JSON show.
+
+    Attributes:
+        model: The class of the model.
+        norms: How many normalizers it has by kind.
+        splits: Samples in A (diagnose), B (verify) and C (confirm).
+        batches_read: Batches taken from the loader; `batches_used` of them were kept.
+        batches_used: Batches that took part in the passes.
+        noise_floor: Largest relative difference of two evaluations of the same batch; None where it was not measured.
+        scores: The states that the decision table compares.
+        reading: What the decision table says about them.
+        before: Fingerprint of the model before the check.
+        restored: Whether it was the same afterwards; a record is only written if so.
+        settings: The arguments, as text.
+        notes: What a reader must know, e.g. that samples were left out.
+    """
+
+    model: str
+    norms: tuple[tuple[str, int], ...]
+    samples: int
+    splits: tuple[int, int, int]
+    batches_read: int
+    batches_used: int
+    seconds: float
+    budget: float
+    seed: int
+    device: str
+    noise_floor: float | None
+    scores: tuple[Score, ...]
+    reading: str
+    cost: Interval | None
+    findings: tuple[Finding, ...]
+    verdicts: tuple[Verdict, ...]
+    layers: tuple[NormRow, ...]
+    passes: tuple[PassCost, ...]
+    thresholds: tuple[Threshold, ...]
+    settings: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    before: str
+    restored: bool
+    machine: Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """One remedy that was tried: what it changed and what it gained on split B."""
+
+    rule: str
+    remedy: Remedy
+    layers: tuple[str, ...]
+    gain: Interval | None
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class FixRecord:
+    """The record of `fix`.
+
+    Attributes:
+        applied: Remedies that are in the model now.
+        skipped: Those that are not, each with the reason in `outcome`.
+        before: The score on split B before; None without metric and loss.
+        after: The same with the remedies.
+        gain: The paired gain on split C, which took no part in choosing.
+        confirmed: Whether the gain's interval on C lies above zero, or, for what keeps the function, whether C shows
+            no loss.
+    """
+
+    applied: tuple[Treatment, ...]
+    skipped: tuple[Treatment, ...]
+    before: Interval | None
+    after: Interval | None
+    gain: Interval | None
+    confirmed: bool
+    seconds: float
+
+
+__all__ += [
+    "CheckRecord",
+    "Fact",
+    "Finding",
+    "FixRecord",
+    "NormRow",
+    "PassCost",
+    "Remedy",
+    "Score",
+    "Severity",
+    "Status",
+    "Threshold",
+    "Treatment",
+    "Verdict",
+]

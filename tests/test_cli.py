@@ -62,7 +62,9 @@ def test_demo_writes_its_files(call, tmp_path):
     assert f"{100 * record.runs[0].final.value:.1f}%" in result.stdout
 
 
-def test_demo_default_folder(call, tmp_path):
+def test_demo_default_folder_and_quick_data(call, monkeypatch, tmp_path):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"damaged, and never read")
+    monkeypatch.setenv("NORMSCOPE_DATA", str(tmp_path))
     assert call("demo", "--quick").exit_code == 0
     assert json.loads((tmp_path / "normscope-demo" / "results.json").read_text(encoding="utf-8"))["seed"] == 0
 

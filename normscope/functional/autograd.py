@@ -80,7 +80,7 @@ def _forward(operands: Operands, formula: Formula, own: bool) -> tuple[Tensor, e
 
 def _statistics(o: Operands, formula: Formula) -> eager.Statistics:
     if o.mean is not None and o.var is not None:
-        return eager.Statistics(o.mean, None, o.var)
+        return eager.of_moments(o.mean, None, o.var, formula)
     return eager.statistics(o.x, formula, o.mask)
 
 
@@ -128,7 +128,7 @@ def _backward(gy: Tensor, o: Operands, stats: eager.Statistics, f: Formula, need
     if needs.x:
         dx = eager.backward_apply(sums, stats, f, o.weight, o.mask, fixed=o.mean is not None, own=own)
     if o.mean is not None:
-        rstd = stats.rstd(f)
+        rstd = 1.0 if stats.rstd is None else stats.rstd
         dmean = eager.sum_to(-rstd * sums.set_g, stats.high) if f.center else None
         dvar = eager.sum_to(-0.5 * rstd * rstd * sums.set_gx, stats.var) if f.scale else None
     return Operands(dx, sums.weight, sums.bias, gz if needs.residual else None, dmean, dvar, None)  # type: ignore[arg-type]

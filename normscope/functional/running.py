@@ -41,6 +41,9 @@ def update_running(
     for buffer, value, least in ((running[0], mean, 1), (running[1], var, 1 + formula.center)):
         if buffer is None:
             continue
+        if isinstance(count, int) and value.numel() == buffer.numel() and buffer.dtype == value.dtype:
+            buffer.lerp_(view.fold_param(value), momentum)
+            continue
         old = view.param(buffer).to(value.dtype)
         if isinstance(count, int):
             value = eager.sum_to(value, old) / (value.numel() // old.numel())

@@ -67,6 +67,8 @@ def batch_norm(
             momentum=momentum, eps=eps, activation=activation, residual=residual, mask=mask,
         )  # fmt: skip
     check_dtype(input, "batch_norm")
+    if input.dim() == 1 and input.numel() == 0:  # torch's one exception to (N, C, *)
+        return input.clone()
     if training:
         _verify_batch_size(input.shape, tuple(input.shape))
     if eps < 0 or (training and eps == 0):
@@ -285,7 +287,8 @@ def group_norm(
             shape=shape,
             cure="pass (N, C) or (N, C, *)",
         )
-    if num_groups < 1 or shape[1] % num_groups:
+    check_groups(num_groups)
+    if shape[1] % num_groups:
         raise ShapeError(
             "Expected number of channels in input to be divisible by num_groups, "
             f"but got input of shape {list(shape)} and num_groups={num_groups}",
@@ -382,6 +385,7 @@ def _trailing(
         raise ShapeError(
             "Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one element, "
             "but got normalized_shape = []",
+            shape=tuple(x.shape),
             cure=f"name the trailing sizes to normalize over, e.g. {list(x.shape[-1:])}",
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -389,12 +393,14 @@ def _trailing(
             raise ShapeError(
                 f"Expected {name} to be of same shape as normalized_shape, "
                 f"but got {name} of shape {list(tensor.shape)} and normalized_shape = {sizes}",
+                shape=tuple(x.shape),
                 cure=f"pass {name} of shape {tuple(sizes)}",
             )
     if list(x.shape[-len(sizes) :]) != sizes:
         raise ShapeError(
             f"Given normalized_shape={sizes}, {expected}{', '.join(map(str, sizes))}], "
             f"but got input of size{list(x.shape)}",
+            shape=tuple(x.shape),
             cure="the trailing sizes of the input must equal normalized_shape",
         )
     x = _autocast(x)
@@ -456,6 +462,14 @@ def _check_running(running_mean: Tensor | None, running_var: Tensor | None, *, n
     if (running_mean is None) != (running_var is None):
         raise ShapeError(
             "running_mean and running_var must either both be None or neither be None", cure="pass both or none"
+        )
+
+
+def check_groups(num_groups: int) -> None:
+    """Refuse zero or fewer groups."""
+    if num_groups < 1:
+        raise ShapeError(
+            f"Expected num groups to be greater than 0, got {num_groups}", cure="use 1 group or more; the usual is 32"
         )
 
 

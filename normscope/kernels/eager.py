@@ -23,7 +23,10 @@ from torch import Tensor
 from normscope.kernels.activations import ACTIVATIONS
 from normscope.kernels.formula import Formula
 
-__all__ = ["PASSES", "Gradients", "Statistics", "apply", "backward_apply", "backward_reduce", "statistics", "sum_to"]
+__all__ = [
+    "PASSES", "Gradients", "Statistics",
+    "apply", "backward_apply", "backward_reduce", "of_moments", "statistics", "sum_to",
+]  # fmt: skip
 
 # How often the operators below read or write the whole tensor, forward and backward (affine, no activation; counted by
 # tests/test_plan.py).
@@ -33,25 +36,31 @@ PASSES = (13, 14)
 class Statistics(NamedTuple):
     """Moments of every set, with size one in the averaged parts.
 
-    The mean is `high + low`; `low` is None where the mean was given and is one number.
+    Attributes:
+        high: The mean, rounded to one number.
+        low: What is left of the mean; None where the mean was given.
+        var: σ²_S.
+        rstd: 1/√(σ²_S + ε); None where the formula does not scale.
     """
 
     high: Tensor
     low: Tensor | None
     var: Tensor
+    rstd: Tensor | None
 
     @property
     def mean(self) -> Tensor:
         """The mean rounded to one number."""
         return self.high if self.low is None else self.high + self.low
 
-    def rstd(self, formula: Formula) -> Tensor:
-        """1/√(σ²_S + ε), or 1 where the formula does not scale."""
-        if not formula.scale:
-            return torch.ones_like(self.var)
-        # One number per set: float64, where the device has it, spares x̂ two of its five roundings.
-        wide = self.var if self.var.device.type == "mps" else self.var.double()
-        return (wide + formula.eps).rsqrt().to(self.var.dtype)
+
+def of_moments(high: Tensor, low: Tensor | None, var: Tensor, formula: Formula) -> Statistics:
+    """The statistics that moments, the data's or given ones, amount to."""
+    if not formula.scale:
+        return Statistics(high, low, var, None)
+    # One number per set: float64, where the device has it, spares x̂ two of its five roundings.
+    wide = var if var.device.type == "mps" else var.double()
+    return Statistics(high, low, var, (wide + formula.eps).rsqrt().to(var.dtype))
 
 
 class Gradients(NamedTuple):
@@ -86,14 +95,14 @@ def statistics(x: Tensor, formula: Formula, mask: Tensor | None) -> Statistics:
     count = _count(x, inside, mask)
     if not formula.center:
         zero = x.new_zeros([1 if i in inside else size for i, size in enumerate(x.shape)])
-        return Statistics(zero, None, _sum(x.square(), inside) / count)
+        return of_moments(zero, None, _sum(x.square(), inside) / count, formula)
     # The derivative with respect to the shift is zero: centring removes it again.
     high = (_sum(x, inside) / count).detach()
     d = _kept(x - high, mask)
     low = _sum(d, inside) / count
     # |low| is a rounding error of the mean, so this subtraction loses nothing; a constant set may round below 0.
     var = (_sum(d.square(), inside) / count - low * low).clamp(min=0)
-    return Statistics(high, low, var)
+    return of_moments(high, low, var, formula)
 
 
 def apply(
@@ -138,8 +147,8 @@ def backward_reduce(
     params = [t for t in (weight, bias) if t is not None]
     rest = [i for i in formula.inside if all(t.shape[i] == 1 for t in params)]
     g_sum, gx_sum = _sum(gz, rest), _sum(gz * d, rest)
-    rstd = s.rstd(formula)
-    gx_sum = (gx_sum if s.low is None else gx_sum - s.low * g_sum) * rstd
+    gx_sum = gx_sum if s.low is None else gx_sum - s.low * g_sum
+    gx_sum = gx_sum if s.rstd is None else gx_sum * s.rstd
     set_g, set_gx = (
         _sum(t if weight is None else t * weight, [i for i in formula.inside if i not in rest]) for t in (g_sum, gx_sum)
     )
@@ -172,16 +181,15 @@ def backward_apply(
         fixed: Whether the moments were given, so that only A·g is left.
         own: Whether temporaries may be overwritten.
     """
-    rstd = s.rstd(formula)
-    dx = sums.g * (rstd * weight if weight is not None and _per_set(weight, formula) else rstd)
+    dx = sums.g * _product(s.rstd, weight if weight is not None and _per_set(weight, formula) else None)
     if fixed:
         return _kept(dx, mask)
     count = _count(dx, formula.inside, mask)
-    c = sums.set_g / count * rstd if formula.center else None
-    if formula.scale:
-        b = sums.set_gx / count * rstd * rstd
+    c = sums.set_g / count if formula.center else None
+    if s.rstd is not None:
+        b = sums.set_gx / count * s.rstd * s.rstd
         dx = dx.addcmul_(sums.d, -b) if own else dx - sums.d * b
-        c = None if c is None else c if s.low is None else c - b * s.low
+        c = None if c is None else c * s.rstd if s.low is None else c * s.rstd - b * s.low
     if c is not None:
         dx = dx.sub_(c) if own else dx - c
     return _kept(dx, mask)
@@ -210,9 +218,9 @@ def _z(
     Nothing is overwritten where `keep` is None; else everything but `keep`.
     """
     low = s.low if formula.center else None
-    factor = s.rstd(formula) if formula.scale else None
+    factor: Tensor | float | None = s.rstd
     if weight is not None and _per_set(weight, formula):
-        factor, weight = (weight if factor is None else factor * weight), None
+        factor, weight = _product(s.rstd, weight), None
     shift = None if low is None else -low if factor is None else -low * factor
     if weight is None and bias is not None and _per_set(bias, formula):
         shift, bias = (bias if shift is None else shift + bias), None
@@ -222,6 +230,12 @@ def _z(
             overwrite = keep is not None and z is not keep
             z = getattr(z, operation + "_" if overwrite else operation)(operand)
     return z
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | float:
+    if a is None:
+        return 1.0 if b is None else b
+    return a if b is None else a * b
 
 
 def _per_set(param: Tensor, formula: Formula) -> bool:

@@ -151,24 +151,14 @@ def run(
         on_step: Called at every measurement with the steps done, all steps, and the name of the present run.
     """
     started, clock = datetime.now(timezone.utc), time.perf_counter()
-    grid = [(rate, normalized) for rate in sorted(settings.learning_rates) for normalized in (False, True)]
-    runs: list[TrainingRun] = []
     with _one_thread():
-        arrays = _tensors(data)
-        for index, (rate, normalized) in enumerate(grid):
-            name = f"{'with' if normalized else 'without'} BN, rate {rate:g}"
-
-            def tell(step: int, index: int = index, name: str = name) -> None:
-                if on_step:
-                    on_step(index * settings.steps + step, len(grid) * settings.steps, name)
-
-            runs.append(_train(arrays, settings, data.classes, rate, normalized, tell))
+        runs = _train_all(data, settings, on_step)
     return Figure1(
         title="Batch Normalization and the sigmoid network",
         data=data.card,
         settings=settings.describe(),
         differences=DIFFERENCES,
-        runs=tuple(runs),
+        runs=runs,
         shown_rate=shown_rate(runs),
         target=target_accuracy(runs),
         statements=judge(runs, settings.steps, 1 / data.classes),
@@ -179,6 +169,23 @@ def run(
         seconds=time.perf_counter() - clock,
         machine=Machine.measure(),
     )
+
+
+def _train_all(
+    data: DataSet, settings: Settings, on_step: Callable[[int, int, str], None] | None
+) -> tuple[TrainingRun, ...]:
+    grid = [(rate, normalized) for rate in sorted(settings.learning_rates) for normalized in (False, True)]
+    arrays = _tensors(data)
+    runs = []
+    for index, (rate, normalized) in enumerate(grid):
+        name = f"{'with' if normalized else 'without'} BN, rate {rate:g}"
+
+        def tell(step: int, index: int = index, name: str = name) -> None:
+            if on_step:
+                on_step(index * settings.steps + step, len(grid) * settings.steps, name)
+
+        runs.append(_train(arrays, settings, data.classes, rate, normalized, tell))
+    return tuple(runs)
 
 
 @dataclass(frozen=True, slots=True)

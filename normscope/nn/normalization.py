@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normscope.errors import ShapeError
 from normscope.functional import group_norm, layer_norm, rms_norm
+from normscope.functional.torch_named import check_groups
 from normscope.nn.base import Layer, normalizes
 
 __all__ = ["GroupNorm", "LayerNorm", "RMSNorm"]
@@ -84,7 +86,7 @@ class GroupNorm(Layer, torch.nn.GroupNorm):
         activation: Applied last; see `normscope.normalize`.
 
     Raises:
-        ShapeError: The input has other than C channels.
+        ShapeError: The groups do not divide C, or the input has other than C channels.
 
     Source: Wu & He 2018, eq. 7.
 
@@ -106,6 +108,12 @@ class GroupNorm(Layer, torch.nn.GroupNorm):
         bias: bool = True,
         activation: str | None = None,
     ) -> None:
+        check_groups(num_groups)
+        if num_channels % num_groups:
+            raise ShapeError(
+                f"num_channels ({num_channels}) must be divisible by num_groups ({num_groups})",
+                cure=f"choose num_groups among the divisors of {num_channels}",
+            )
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         if not bias:
             self.register_parameter("bias", None)

@@ -1,0 +1,61 @@
+"""Every threshold of the doctor, in one place, with the reason why it lies there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from normscope.records import Threshold
+
+__all__ = ["DEFAULTS", "Thresholds"]
+
+
+def _because(default: float, reason: str) -> Any:
+    return dataclasses.field(default=default, metadata={"reason": reason})
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """The numbers by which the rules judge."""
+
+    cost_error: float = _because(1.0, "pp; reported troubles worth an error cost 1 to 66 pp, noise lies below 0.2 pp")
+    cost_warning: float = _because(0.3, "pp; twice the 0.09–0.2 pp by which healthy evaluations were seen to differ")
+    loss_error: float = _because(
+        0.05, "share of the loss; without a metric: about what 1 pp of accuracy costs in nats near 95 %"
+    )
+    loss_warning: float = _because(0.015, "share of the loss; in the same proportion as 0.3 pp to 1 pp")
+    level: float = _because(0.99, "of the bootstrap interval that has to exclude 0 (gate 3)")
+    null_point: float = _because(0.001, "a statistic must lie beyond the 99.9 % point of its null (gate 1)")
+    discovery_rate: float = _because(0.01, "share of false alarms allowed among the layers of a rule (gate 1)")
+    drift_mean: float = _because(
+        0.25, "σ; 2 to 6 times the jitter of a healthy average (0.041 at batch 32, 0.115 at 4)"
+    )
+    drift_var: float = _because(math.log(1.5), "|ln ratio|; 1.5 is 22 % of the output's scale")
+    drift_share: float = _because(0.1, "share of channels beyond both before a layer counts as drifted (gate 2)")
+    residual_warning: float = _because(0.01, "weight of the initial values; 44 batches reach it at momentum 0.1")
+    residual_error: float = _because(0.1, "weight of the initial values; a tenth of the statistic was never data")
+    momentum_high: float = _because(0.5, "0.001–0.1 is torch's practice, 0.9–0.999 are the numbers of other libraries")
+    jitter: float = _because(0.1, "σ; momentum 0.1 with about 5 samples per batch, or 0.9 with 96")
+    dependence: float = _because(1e-3, "relative change of an output with its batch; kernels alone stay near 1e-6")
+    dependence_half: float = _because(1e-2, "the same for half precision, which keeps three digits")
+    dependence_noise: float = _because(10.0, "times the model's own repeat noise")
+    values_error: float = _because(2.0, "values per statistic; with 2 only their order survives, with 1 torch raises")
+    values_warning: float = _because(4.0, "values per statistic; noise of 40 % of the output's energy")
+    noise_warning: float = _because(0.05, "energy of the noise; about 30 effective values per statistic")
+    noise_error: float = _because(0.2, "energy of the noise; about 8 effective values per statistic")
+    design_warning: float = _because(1.3, "design effect; shuffled loaders stay within 0.89–1.11")
+    design_error: float = _because(2.0, "design effect; the effective batch is halved")
+    design_p: float = _because(0.005, "of regrouping the same samples at random")
+    follows: float = _because(0.99, "correlation of the parameters at which one model follows another")
+    random_output: float = _because(1e-3, "relative difference of two evaluations; atomics and threads stay near 1e-6")
+    explained: float = _because(0.9, "share of the gap at which the search for layers stops")
+    power_effect: float = _because(1.0, "pp that the check should be able to see")
+
+    def table(self) -> tuple[Threshold, ...]:
+        """The thresholds as records."""
+        return tuple(Threshold(f.name, getattr(self, f.name), f.metadata["reason"]) for f in dataclasses.fields(self))
+
+
+DEFAULTS = Thresholds()
