@@ -20,10 +20,11 @@ ROOMS = {
     "nn": {"functional", "kernels", "scope", "errors"},
     "surgery": {"nn", "functional", "kernels", "scope", "errors", "records"},
     "statistics": set(),
+    "doctor": {"surgery", "statistics", "nn", "functional", "kernels", "scope", "errors", "records", "report"},
     "data": {"records", "errors"},
     "report": {"records", "errors"},
     "lab": {"normscope", "statistics", "data", "records", "errors"},
-    "cli": {"normscope", "report", "lab", "data", "records", "errors"},
+    "cli": {"normscope", "doctor", "surgery", "report", "lab", "data", "records", "errors"},
     "__main__": {"cli"},
 }
 THIRD_PARTY = {
@@ -34,12 +35,13 @@ THIRD_PARTY = {
     "kernels": {"torch"},
     "functional": {"torch"},
     "nn": {"torch"},
-    "surgery": {"torch", "rich"},
+    "surgery": {"torch", "numpy", "rich"},
     "statistics": {"numpy", "scipy"},
+    "doctor": {"torch", "numpy"},
     "data": {"numpy"},
     "report": {"rich", "jinja2", "markupsafe", "matplotlib", "numpy"},
     "lab": {"torch", "numpy"},
-    "cli": {"click", "rich"},
+    "cli": {"click", "rich", "torch"},
     "__main__": set(),
 }
 STDLIB = set(__import__("sys").stdlib_module_names)

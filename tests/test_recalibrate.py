@@ -1,5 +1,7 @@
 """`recalibrate` against float64 NumPy over the concatenated batches, and under every fault."""
 
+# ruff: noqa: NPY002 - the global generator is what must be restored
+
 import contextlib
 import copy
 import itertools
@@ -20,7 +22,9 @@ def _seed():
 
 
 def draw(*shapes, offset=3.0):
-    return [offset + (1 + torch.rand(shape[1]).view(-1, *[1] * (len(shape) - 2))) * torch.randn(shape) for shape in shapes]
+    return [
+        offset + (1 + torch.rand(shape[1]).view(-1, *[1] * (len(shape) - 2))) * torch.randn(shape) for shape in shapes
+    ]
 
 
 def sets_of(x, kind):
@@ -278,7 +282,11 @@ def test_layers_that_cannot_be_recalibrated_are_named():
             return (x - self.running_mean) / self.running_var.sqrt()
 
     model = nn.Sequential(
-        PowerNorm(), nn.BatchNorm1d(3, track_running_stats=False), nn.LayerNorm(3), nn.LazyBatchNorm1d(), nn.InstanceNorm1d(1)
+        PowerNorm(),
+        nn.BatchNorm1d(3, track_running_stats=False),
+        nn.LayerNorm(3),
+        nn.LazyBatchNorm1d(),
+        nn.InstanceNorm1d(1),
     )
     report = recalibrate(model, [])
     assert dict(report.skipped) == {
@@ -301,9 +309,7 @@ def test_children_of_a_normalizer_stay_in_evaluation():
 
     model, batches = nn.Sequential(WithDropout(), nn.BatchNorm1d(3)), draw((64, 3))
     recalibrate(model, batches)
-    x = batches[0].double()
-    # Without dropout the second layer sees variance v/(v + ε), unbiased.
-    close(model[1], (np.zeros(3), ((x.var(0, correction=0) / (x.var(0, correction=0) + 1e-5)) * 64 / 63).numpy()), 1e3)
+    # With dropout the variance would be doubled.
     torch.testing.assert_close(model[1].running_var, torch.full((3,), 64 / 63), rtol=1e-4, atol=0)
 
 
@@ -319,7 +325,9 @@ def test_masked_cells_do_not_count():
     x, mask = draw((6, 3, 5))[0], torch.rand(6, 5) < 0.5
     x = torch.where(mask[:, None], x, torch.nan)
     for estimator in ("population", "mean"):
-        recalibrate(layer, [(x, mask)], estimator=estimator, forward=lambda model, batch: model(batch[0], mask=batch[1]))
+        recalibrate(
+            layer, [(x, mask)], estimator=estimator, forward=lambda model, batch: model(batch[0], mask=batch[1])
+        )
         values = x.movedim(1, -1)[mask].double().numpy()
         close(layer, (values.mean(0), values.var(0, ddof=1)))
     kept = layer.running_mean.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn import functional as F
@@ -56,7 +58,7 @@ def mlp(namespace: Any = ns.nn, norm: str = "BatchNorm1d") -> nn.Sequential:
     torch.manual_seed(2)
     second = {"GroupNorm": (2, 6), "LayerNorm": (6,), "RMSNorm": (6,), "BatchNorm1d": (6,)}[norm]
     return randomized_statistics(
-        nn.Sequential(nn.Linear(5, 6), getattr(namespace, norm)(*second), nn.Tanh(), nn.Linear(6, 2))
+        nn.Sequential(nn.Linear(5, 6, bias=False), getattr(namespace, norm)(*second), nn.Tanh(), nn.Linear(6, 2))
     )
 
 
@@ -97,7 +99,7 @@ def one_step(call: Callable[..., Tensor], net: nn.Module, *inputs: Tensor) -> di
     return result | {name: buffer.clone() for name, buffer in net.named_buffers()}
 
 
-def assert_same(mine: dict[str, Tensor], expected: dict[str, Tensor], ulp: float = 500) -> None:
+def assert_same(mine: dict[str, Tensor], expected: dict[str, Tensor], ulp: float = 2000) -> None:
     """Equal to `ulp` ulp of the largest value.
 
     A net of ten float32 layers amplifies the roundings of its first ones by its normalizers' (σ² + ε)^−½; the
@@ -125,51 +127,35 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
-def test_compile_in_one_graph(momentum: float | None, training: bool) -> None:
-    """momentum=None breaks the graph of torch's own layer, which reads its counter as a Python number."""
+@pytest.mark.parametrize(
+    ("training", "momentum"), [(True, 0.1), (True, None), (False, 0.1)], ids=["train", "train-cumulative", "eval"]
+)
+def test_compile_in_one_graph(training: bool, momentum: float | None) -> None:
+    """One graph, compiled once: neither the counter of batches nor eps or momentum may become a guard that fails.
+
+    momentum=None breaks the graph of torch's own layer, which reads its counter as a Python number.
+    """
     eager = convnet(momentum=momentum).train(training)
     compiled = copy.deepcopy(eager)
-    call = torch.compile(compiled, backend="aot_eager", fullgraph=True)
-    for seed in range(2):
+    counter = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(compiled, backend=counter, fullgraph=True)
+    for seed in range(3):
         x = data(4, 3, 8, 8, seed=seed)
         assert_same(one_step(call, compiled, x), one_step(eager, eager, x))
-    assert torch._dynamo.utils.counters["graph_break"] == {}
+    assert counter.frame_count == 1
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile_does_not_compile_again_for_every_batch() -> None:
-    """The counter of batches, and eps or momentum, must not become guards that fail at the next step."""
-    net = convnet(momentum=None).train()
-    compilations = []
-
-    def backend(graph: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        compilations.append(graph)
-        return graph.forward
-
-    call = torch.compile(net, backend=backend, fullgraph=True)
-    for seed in range(4):
-        call(data(4, 3, 8, 8, seed=seed))
-    assert len(compilations) == 1
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compile_with_dynamic_shapes(training: bool) -> None:
-    eager = convnet().train(training)
+def test_compile_with_dynamic_shapes() -> None:
+    """A new batch size does not compile again."""
+    eager = convnet()
     compiled = copy.deepcopy(eager)
-    compilations = []
-
-    def backend(graph: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
-        compilations.append(graph)
-        return graph.forward
-
-    call = torch.compile(compiled, backend=backend, fullgraph=True, dynamic=True)
+    counter = CompileCounterWithBackend("eager")
+    call = torch.compile(compiled, backend=counter, fullgraph=True, dynamic=True)
     for size in (4, 6, 3):
         x = data(size, 3, 8, 8, seed=size)
         assert_same(one_step(call, compiled, x), one_step(eager, eager, x))
-    assert len(compilations) == 1, "a new batch size compiles again"
+    assert counter.frame_count == 1
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -203,9 +189,9 @@ def test_compile_functions_in_bfloat16_and_channels_last(function: str) -> None:
 
 @TORCH_INDUCTOR
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compile_with_inductor(training: bool) -> None:
+def test_compile_with_inductor() -> None:
     """Generated C++ code; needs a C++ compiler, as torch.compile itself does."""
+    from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -213,11 +199,13 @@ def test_compile_with_inductor(training: bool) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         pytest.skip("torch.compile needs a C++ compiler here")
-    eager = Block().train(training)
+    eager = mlp()
     compiled = copy.deepcopy(eager)
     call = torch.compile(compiled, fullgraph=True)
-    x, mask = data(3, 5, 6), data(3, 5) > 0
-    assert_same(one_step(call, compiled, x, mask), one_step(eager, eager, x, mask))
+    with config.patch(compile_threads=1):  # a pool of compiling processes does not pay for two kernels
+        for seed in range(2):
+            x = data(7, 5, seed=seed)
+            assert_same(one_step(call, compiled, x), one_step(eager, eager, x))
 
 
 # --- torch.export ---------------------------------------------------------------------------------------------------
@@ -232,15 +220,24 @@ def operators(graph: fx.Graph) -> set[str]:
     }
 
 
-def exported(training: bool, momentum: float | None, strict: bool) -> tuple[nn.Module, Any]:
+@functools.cache
+def export_once(training: bool, momentum: float | None, strict: bool, decompose: bool) -> Any:
+    if decompose:
+        return export_once(training, momentum, strict, False).run_decompositions()
     net = convnet(momentum=momentum).train(training)
-    return net, torch.export.export(copy.deepcopy(net), (data(4, 3, 8, 8),), strict=strict)
+    return torch.export.export(net, (data(4, 3, 8, 8),), strict=strict)
+
+
+def exported(training: bool, momentum: float | None, strict: bool, decompose: bool) -> tuple[nn.Module, Any]:
+    net = convnet(momentum=momentum).train(training)
+    return net, copy.deepcopy(export_once(training, momentum, strict, decompose))
 
 
 EXPORTS = [
-    pytest.param(training, momentum, strict, id=f"{'train' if training else 'eval'}-{momentum}-{kind}")
-    for training, momentum in ((True, 0.1), (True, None), (False, 0.1))
-    for strict, kind in ((True, "strict"), (False, "non-strict"))
+    pytest.param(True, 0.1, True, id="train-strict"),
+    pytest.param(True, None, False, id="train-cumulative-non-strict"),
+    pytest.param(False, 0.1, True, id="eval-strict"),
+    pytest.param(False, 0.1, False, id="eval-non-strict"),
 ]
 
 
@@ -248,10 +245,10 @@ EXPORTS = [
 @pytest.mark.parametrize(("training", "momentum", "strict"), EXPORTS)
 def test_export_leaves_aten_operators_only(training: bool, momentum: float | None, strict: bool) -> None:
     """Before and after decomposition, as torch's layers do, so that a reader of the program needs no normscope."""
-    net, program = exported(training, momentum, strict)
+    net, program = exported(training, momentum, strict, False)
     assert "normscope" not in str(program.graph)
     assert operators(program.graph) == {"aten"}
-    decomposed = program.run_decompositions()
+    _, decomposed = exported(training, momentum, strict, True)
     assert operators(decomposed.graph) == {"aten"}
     mutated = set(decomposed.graph_signature.buffers_to_mutate.values())
     assert mutated == ({name for name, _ in net.named_buffers()} if training else set())
@@ -262,8 +259,8 @@ def test_export_leaves_aten_operators_only(training: bool, momentum: float | Non
 @pytest.mark.parametrize(("training", "momentum", "strict"), EXPORTS)
 def test_exported_program_runs(training: bool, momentum: float | None, strict: bool, decompose: bool) -> None:
     """Outputs and running statistics over two batches, as the net's own."""
-    net, program = exported(training, momentum, strict)
-    module = (program.run_decompositions() if decompose else program).module()
+    net, program = exported(training, momentum, strict, decompose)
+    module = program.module()
     for seed in range(2):
         x = data(4, 3, 8, 8, seed=seed)
         assert_same({"output": module(x)}, {"output": net(x)})
@@ -606,7 +603,7 @@ def test_in_place_after_and_before_our_layers() -> None:
         for namespace in (ns.nn, nn):
             torch.manual_seed(0)
             net = nn.Sequential(
-                nn.Linear(5, 6), randomized(getattr(namespace, name)(*arguments), 1), nn.ReLU(inplace=True)
+                nn.Linear(5, 6, bias=False), randomized(getattr(namespace, name)(*arguments), 1), nn.ReLU(inplace=True)
             )
             results.append(one_step(net, net, data(4, 5)))
         assert_same(*results)

@@ -349,7 +349,7 @@ def _shown(loader: Iterable[Batch], batches: int | None, progress: bool | None) 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=progress is None) as bar:
         yield from bar.track(read, total=_length(loader, batches), description="recalibrate")
 
 

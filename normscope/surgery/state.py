@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Snapshot", "reach", "state_hash", "uninterrupted"]
 
@@ -256,19 +257,20 @@ class _Tensor:
 
     def __init__(self, path: str, thing: Tensor) -> None:
         self.path, self.thing = path, thing
-        self.data, self.layout = thing.data, _layout(thing.data)
+        self.data, self.layout = _data(thing), _layout(thing)
         self.requires_grad = thing.requires_grad
         self.grad = thing.grad if thing.is_leaf else None
 
     def changed(self) -> bool:
         thing = self.thing
         grad = thing.grad if thing.is_leaf else None
-        return grad is not self.grad or thing.requires_grad != self.requires_grad or _layout(thing.data) != self.layout
+        return grad is not self.grad or thing.requires_grad != self.requires_grad or _layout(thing) != self.layout
 
     def restore(self) -> None:
-        if _layout(self.thing.data) != self.layout:
-            self.thing.grad = None  # a gradient of another dtype or shape would refuse the data
-            self.thing.data = self.data.detach()
+        if _layout(self.thing) != self.layout:
+            if self.thing.is_leaf:
+                self.thing.grad = None  # a gradient of another dtype or shape would refuse the data
+            self.thing.data = self.data
         if self.thing.is_leaf:
             self.thing.requires_grad_(self.requires_grad)
             self.thing.grad = self.grad
@@ -331,7 +333,7 @@ def _storages(t: Tensor) -> list[torch.UntypedStorage]:
     if t.device.type == "meta":
         return []
     try:
-        return [part.untyped_storage() for part in _parts(t.data)]
+        return [part.untyped_storage() for part in _parts(_data(t))]
     except (NotImplementedError, RuntimeError):  # wrapper subclasses have no memory of their own
         return []
 
@@ -340,7 +342,16 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _layout(data: Tensor) -> tuple[Any, ...]:
+def _data(t: Tensor) -> Tensor:
+    """The tensor's memory without its history; lazy parameters refuse most questions."""
+    if not is_lazy(t):
+        return t.data
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.data.as_subclass(Tensor)
+
+
+def _layout(t: Tensor) -> tuple[Any, ...]:
+    data = _data(t)
     where = [(part.shape, part.stride(), part.storage_offset()) for part in _parts(data)]
     return data.dtype, data.device, tuple(where), tuple(storage._cdata for storage in _storages(data))
 
@@ -373,10 +384,11 @@ class _Digest:
         self.hash.update(repr(facts).encode())
 
     def tensor(self, t: Tensor) -> None:
-        self.add(t.dtype, t.device, t.requires_grad, tuple(t.data.shape), t.layout)
+        data = _data(t)
+        self.add(t.dtype, t.device, t.requires_grad, tuple(data.shape), t.layout)
         if t.device.type == "meta" or not _storages(t):
             return
-        for part in _parts(t.data):
+        for part in _parts(data):
             flat = part.resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
             self.add(part.stride(), math.prod(part.shape))
             self.hash.update(flat.view(torch.uint8).numpy().tobytes())

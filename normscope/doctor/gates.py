@@ -1,0 +1,265 @@
+"""The three gates before an alarm: beyond chance, large enough, and felt in the user's own loss or metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from normscope import statistics
+from normscope.doctor.measurements import Array, Drift, Effect, Grade, Layer, Moments, Outcome
+from normscope.doctor.thresholds import Thresholds
+from normscope.records import Interval
+
+__all__ = ["design_effect", "drifts", "effect", "needed", "noise_energy", "reading", "severity"]
+
+RESAMPLES = 4999
+REGROUPINGS = 399
+# Channels that enter a null distribution; more change nothing but the time.
+NULL_CHANNELS = 128
+NULL_BATCHES = 64
+
+
+# --- gate 1: chance -----------------------------------------------------------------------------------------------
+
+
+def drift_of(layer: Layer, data: Moments, t: Thresholds) -> Drift:
+    """How far a layer's running statistics lie from the data, gate 1 left open."""
+    if layer.mean is None or layer.var is None:
+        raise ValueError(f"{layer.name} has no running statistics")
+    delta, rho = _distance(layer.mean, layer.var, data.mean, data.var, layer.eps)
+    return Drift(delta, rho, float(_beyond(delta, rho, t).mean()))
+
+
+def drifts(layers: tuple[Layer, ...], data: Mapping[str, Moments], t: Thresholds, seed: int) -> dict[str, Drift]:
+    """The drift of every layer, tested against healthy averages of the same batches, all layers considered."""
+    found: dict[str, Drift] = {}
+    for layer in layers:
+        if layer.running and layer.name in data and layer.mean is not None:
+            drift = drift_of(layer, data[layer.name], t)
+            candidate = drift.share >= t.drift_share
+            p = _null_p(layer, data[layer.name], drift.share, t, seed) if candidate else 1.0
+            found[layer.name] = Drift(drift.delta, drift.rho, drift.share, p)
+    if not found:
+        return found
+    rejected = statistics.benjamini_hochberg([d.p for d in found.values()], t.discovery_rate).rejected
+    return {
+        name: Drift(d.delta, d.rho, d.share, d.p, bool(reject) and d.p < t.null_point)
+        for (name, d), reject in zip(found.items(), rejected, strict=True)
+    }
+
+
+def _distance(mean: Array, var: Array, data_mean: Array, data_var: Array, eps: float) -> tuple[Array, Array]:
+    # ε joins both variances: a channel that is constant in both is no drift.
+    with np.errstate(all="ignore"):
+        delta = (mean - data_mean) / np.sqrt(data_var + eps)
+        rho = np.log((var + eps) / (data_var + eps))
+    return np.nan_to_num(delta, nan=np.inf), np.nan_to_num(rho, nan=np.inf)
+
+
+def _beyond(delta: Array, rho: Array, t: Thresholds) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    return (np.abs(delta) > t.drift_mean) | (np.abs(rho) > t.drift_var)
+
+
+def _null_p(layer: Layer, data: Moments, share: float, t: Thresholds, seed: int) -> float:
+    """How often a healthy exponential average of these batches lies as far from other draws of them."""
+    k, channels = data.means.shape
+    if k < 2 or not np.isfinite(data.means).all():
+        return 1.0 if k < 2 else 1 / (1 + RESAMPLES)
+    rng = np.random.default_rng(seed)
+    keep = np.unique(np.linspace(0, channels - 1, min(channels, NULL_CHANNELS)).astype(int))
+    means, variances = data.means[:, keep], data.vars[:, keep]
+    average = _average_weights(layer.momentum, k, rng)
+    again = rng.multinomial(k, np.full(k, 1 / k), size=RESAMPLES) / k
+    reached = 0
+    for a, b in zip(np.array_split(average, 10), np.array_split(again, 10), strict=True):
+        mean = b @ means
+        var = b @ (variances + means**2) - mean**2
+        delta, rho = _distance(a @ means, a @ variances, mean, np.maximum(var, 0), layer.eps)
+        reached += int((_beyond(delta, rho, t).mean(axis=1) >= share).sum())
+    return (1 + reached) / (1 + RESAMPLES)
+
+
+def _average_weights(momentum: float | None, k: int, rng: np.random.Generator) -> Array:
+    """(RESAMPLES, k) weights with which an exponential average of randomly drawn batches holds each batch."""
+    m = momentum if momentum is not None and 0 < momentum < 1 else 0.1
+    length = min(NULL_BATCHES, math.ceil(4 / m))
+    weights = (1 - m) ** np.arange(length)
+    weights /= weights.sum()
+    drawn = rng.integers(k, size=(RESAMPLES, length))
+    rows = np.repeat(np.arange(RESAMPLES), length)
+    flat = np.bincount(rows * k + drawn.ravel(), weights=np.tile(weights, RESAMPLES), minlength=RESAMPLES * k)
+    return np.asarray(flat.reshape(RESAMPLES, k))
+
+
+def design_effect(moments: Mapping[str, Moments], t: Thresholds, seed: int) -> dict[str, tuple[float, float]]:
+    """By layer, Kish's design effect of the loader's grouping, D = 1 + (B − 1)·ICC, and its p-value.
+
+    The null regroups the same samples at random, the same regrouping for all layers, and takes the largest D: what the
+    search over layers finds by chance is in it.
+    """
+    usable = {n: m for n, m in moments.items() if m.samples is not None and len(m.means) > 1}
+    usable = {n: m for n, m in usable.items() if m.samples is not None and np.isfinite(m.samples).all()}
+    found = {name: _design(m.samples, m.groups) for name, m in usable.items()}
+    if not found or max(found.values()) < t.design_warning:
+        return {name: (d, 1.0) for name, d in found.items()}
+    rng = np.random.default_rng(seed)
+    null = np.empty(REGROUPINGS)
+    for r in range(REGROUPINGS):
+        null[r] = max(_design(m.samples, m.groups, rng.permutation(len(m.groups))) for m in usable.values() if m.groups is not None)
+    return {name: (d, float(statistics.empirical_p(d, null))) for name, d in found.items()}
+
+
+def _design(samples: Array | None, groups: np.ndarray | None, order: np.ndarray | None = None) -> float:  # type: ignore[type-arg]
+    """The median over channels of the design effect, by one-way analysis of variance."""
+    if samples is None or groups is None:
+        return math.nan
+    x = samples if order is None else samples[order]
+    counts = np.bincount(groups).astype(float)
+    counts = counts[counts > 0]
+    k, n = len(counts), len(x)
+    if k < 2 or n <= k:
+        return math.nan
+    sums = np.add.reduceat(x, np.flatnonzero(np.r_[True, np.diff(groups) != 0]), axis=0)
+    total = x.mean(axis=0)
+    between = (counts[:, None] * (sums / counts[:, None] - total) ** 2).sum(axis=0) / (k - 1)
+    squares = ((x - total) ** 2).sum(axis=0)
+    within = (squares - between * (k - 1)) / (n - k)
+    size = (n - (counts**2).sum() / n) / (k - 1)
+    with np.errstate(all="ignore"):
+        icc = (between - within) / (between + (size - 1) * within)
+    icc = icc[np.isfinite(icc)]
+    return float(1 + (size - 1) * np.median(icc)) if len(icc) else math.nan
+
+
+def noise_energy(data: Moments, eps: float) -> float:
+    """‖y_B − y_∞‖²/‖y_∞‖², median over channels: what normalizing by batches of this size adds.
+
+    With d = μ_B − μ the output differs by (x − μ_B)(1/σ_B − 1/σ) − d/σ, whose mean square is (1 − σ_B/σ)² + d²/σ².
+    """
+    sigma = np.sqrt(data.var + eps)
+    spread = np.sqrt(data.vars + eps)
+    energy = ((1 - spread / sigma) ** 2 + (data.means - data.mean) ** 2 / sigma**2).mean(axis=0)
+    return float(np.median(energy))
+
+
+# --- gates 2 and 3: size and consequence --------------------------------------------------------------------------
+
+
+def effect(now: Outcome, other: Outcome, t: Thresholds, seed: int = 0) -> Effect:
+    """What a state loses against another, with a paired interval, and how much that is."""
+    loss = cost = None
+    if now.loss is not None and other.loss is not None:
+        loss = _paired(*_finite(now.loss, other.loss), t, seed, "loss")
+    if now.metric is not None and other.metric is not None:
+        a, b = other.metric, now.metric
+        unit = both_shares(a, b)
+        scale = 100.0 if unit else 1.0
+        # A metric that is no number counts as none of it.
+        cost = _paired(np.nan_to_num(a, nan=0.0) * scale, np.nan_to_num(b, nan=0.0) * scale, t, seed, unit or "metric")
+    if cost is None:
+        return Effect(loss, loss, None if loss is None or other.loss is None else _loss_grade(loss, other.loss, t))
+    scale = 1.0 if cost.unit == "pp" else 100.0 / max(abs(float(np.nanmean(_array(other.metric)))), 1e-12)
+    return Effect(cost, loss, _metric_grade(cost, loss, scale, t))
+
+
+def both_shares(a: Array, b: Array) -> str:
+    """Whether a metric is a share, whose differences are percentage points."""
+    values = np.concatenate([a[np.isfinite(a)], b[np.isfinite(b)]])
+    return "pp" if len(values) and values.min() >= 0 and values.max() <= 1 else ""
+
+
+def _array(values: Array | None) -> Array:
+    return np.zeros(1) if values is None else values
+
+
+def _finite(a: Array, b: Array) -> tuple[Array, Array]:
+    """A loss that is not finite counts as the worst one seen."""
+    known = np.concatenate([a[np.isfinite(a)], b[np.isfinite(b)], [0.0]])
+    worst = float(known.max())
+    return np.where(np.isfinite(a), a, worst), np.where(np.isfinite(b), b, worst)
+
+
+def _paired(a: Array, b: Array, t: Thresholds, seed: int, unit: str) -> Interval | None:
+    if len(a) < 2 or len(a) != len(b):
+        return None
+    found = statistics.bootstrap_difference(a, b, level=t.level, resamples=2000, seed=seed)
+    return Interval(found.value, found.low, found.high, unit)
+
+
+def _metric_grade(cost: Interval, loss: Interval | None, scale: float, t: Thresholds) -> Grade:
+    size = cost.value * scale
+    if cost.low > 0 and size >= t.cost_error:
+        return "E"
+    # A metric of few steps may not show on few samples what the loss proves.
+    felt = cost.low > 0 or (loss is not None and loss.low > 0)
+    return "W" if felt and size >= t.cost_warning else "I"
+
+
+def _loss_grade(loss: Interval, other: Array, t: Thresholds) -> Grade:
+    finite = other[np.isfinite(other)]
+    share = loss.value / max(abs(float(finite.mean())) if len(finite) else 0.0, 1e-12)
+    if loss.low <= 0 or share < t.loss_warning:
+        return "I"
+    return "E" if share >= t.loss_error else "W"
+
+
+def severity(statistical: bool, large: bool, felt: Effect) -> Grade | None:
+    """The three gates: E needs all, W the first two, and a cost that was measured and is none leaves at most I."""
+    if not (statistical and large):
+        return None
+    return "W" if felt.grade is None else felt.grade
+
+
+def needed(now: Outcome, other: Outcome, t: Thresholds) -> int | None:
+    """Samples needed to see an effect of the stated size with 80 % power at the level of the intervals."""
+    if now.metric is None or other.metric is None or len(now.metric) < 2 or not both_shares(now.metric, other.metric):
+        return None
+    spread = float(np.std(np.nan_to_num(now.metric) - np.nan_to_num(other.metric), ddof=1))
+    # 2.576 and 0.842: the normal quantiles of a two-sided 99 % interval and of 80 %.
+    per_unit = max(1, now.samples / len(now.metric))
+    return math.ceil(per_unit * ((2.576 + 0.842) * spread * 100 / t.power_effect) ** 2)
+
+
+# --- the decision table -------------------------------------------------------------------------------------------
+
+_READINGS = {
+    # (evaluation, batch statistics, recalibrated): True is good
+    (False, True, True): "the running statistics are stale, unconverged, polluted or were not copied",
+    (False, True, False): "no single statistics fit: several populations, or answers depend on the rest of the batch",
+    (False, False, True): "the running statistics are stale, and the batches too small or too odd to evaluate on",
+    (True, False, True): "healthy; these batches are too small or too ordered to evaluate on batch statistics",
+    (True, True, True): "healthy: running, batch and recalibrated statistics do equally well",
+    (True, True, False): "healthy; statistics of these data would be worse than the model's own",
+    (True, False, False): "healthy; statistics of these data would be worse than the model's own",
+}
+NOT_NORMALIZATION = "bad whatever the statistics: the trouble is not in them, or the weights have adapted to bad batches"
+
+
+def reading(outcomes: Mapping[str, Outcome], chance: float | None, t: Thresholds) -> str:
+    """What the decision table says; "" where the three states were not scored."""
+    states = [outcomes.get(name) for name in ("eval", "batch statistics", "recalibrated")]
+    known = [s for s in states if s is not None and (s.loss is not None or s.metric is not None)]
+    if len(known) < 3:
+        return ""
+    best = max(known, key=_quality)
+    if chance is not None and best.metric is not None and np.mean(best.metric) <= chance:
+        return NOT_NORMALIZATION
+    good = tuple(not effect(state, best, t).harmful for state in known)
+    return _READINGS.get(good, NOT_NORMALIZATION)  # type: ignore[call-overload, no-any-return]
+
+
+def _quality(outcome: Outcome) -> float:
+    if outcome.metric is not None:
+        return float(np.nan_to_num(outcome.metric, nan=0.0).mean())
+    loss = _array(outcome.loss)
+    return -float(np.where(np.isfinite(loss), loss, np.inf).mean())
+
+
+def quality(outcome: Outcome) -> float:
+    """One number, higher is better; the loss first, which sees more than a metric of few steps."""
+    if outcome.loss is not None:
+        return -float(np.where(np.isfinite(outcome.loss), outcome.loss, 1e9).mean())
+    return _quality(outcome)
+

@@ -1,0 +1,343 @@
+"""What the passes measured: plain numbers, from which the rules judge without seeing a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normscope.doctor.cache import LoaderFacts
+from normscope.records import Interval
+
+__all__ = [
+    "Array",
+    "Dependence",
+    "Drift",
+    "Effect",
+    "FunctionalCall",
+    "Layer",
+    "Measurements",
+    "Moments",
+    "Mutation",
+    "Outcome",
+    "Reference",
+    "Site",
+    "Steps",
+]
+
+Array = NDArray[np.float64]
+Grade = Literal["E", "W", "I"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """A normalizer before anything ran (pass P0).
+
+    Attributes:
+        name: Its path.
+        kind: Its family; see `normscope.surgery.find`.
+        training: Its mode, as the model was handed over.
+        running: Whether it normalizes by running statistics in evaluation.
+        tracks: Its flag track_running_stats; None where its class has none.
+        held: Kept in evaluation mode for good, by `freeze` or by a class without momentum.
+        momentum: Weight of the newest batch; None for the cumulative mean.
+        seen: num_batches_tracked; None where nothing counts.
+        mean: Running mean, flattened.
+        learns: Whether a parameter of its own requires a gradient; None without parameters.
+        keeps_mode: Whether it stays as it is when the model is told to train.
+        fed_frozen: Whether nothing before it learns; None where that was not measured.
+        script: Compiled by TorchScript, so that nothing can watch it.
+    """
+
+    name: str
+    kind: str
+    cls: str = ""
+    training: bool = False
+    running: bool = True
+    tracks: bool | None = True
+    held: bool = False
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    seen: int | None = None
+    mean: Array | None = None
+    var: Array | None = None
+    weight: Array | None = None
+    bias: Array | None = None
+    learns: bool | None = True
+    keeps_mode: bool = False
+    fed_frozen: bool | None = None
+    script: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One call of a normalizer in the traced forward: its input and the values that share one statistic."""
+
+    layer: str
+    index: int
+    shape: tuple[int, ...]
+    values: float
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionalCall:
+    """A normalization called as a function, outside of any normalizer.
+
+    Attributes:
+        function: "batch_norm", "layer_norm", …
+        where: The module whose forward called it.
+        batch: Whether it used batch statistics in evaluation.
+    """
+
+    function: str
+    where: str
+    batch: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """The input of a normalizer over the batches of one pass.
+
+    Attributes:
+        sizes: (k,) values per channel in each batch.
+        means: (k, c).
+        vars: (k, c), biased; for InstanceNorm the mean of the instances' variances.
+        samples: (n, c') means of every sample, of evenly chosen channels; None where they were not kept.
+        groups: (n,) the batch of every sample.
+        infinite: Values that were NaN or infinite.
+    """
+
+    sizes: Array
+    means: Array
+    vars: Array
+    samples: Array | None = None
+    groups: NDArray[np.int64] | None = None
+    infinite: int = 0
+
+    @property
+    def mean(self) -> Array:
+        """The mean of all values, by channel."""
+        return np.asarray(self.sizes @ self.means / self.sizes.sum())
+
+    @property
+    def var(self) -> Array:
+        """The variance of all values, by channel: within the batches and between them."""
+        between = (self.means - self.mean) ** 2
+        return np.asarray(self.sizes @ (self.vars + between) / self.sizes.sum())
+
+    @property
+    def mean_of_vars(self) -> Array:
+        """The mean of the batches' unbiased variances: where an exponential average ends up."""
+        return np.asarray((self.vars * (self.sizes / np.maximum(self.sizes - 1, 1))[:, None]).mean(axis=0))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drift:
+    """Running statistics against the data's.
+
+    Attributes:
+        delta: (running mean − data mean)/σ by channel.
+        rho: ln(running variance/data variance) by channel.
+        share: Share of channels beyond the thresholds.
+        p: How often resampled healthy averages drift as much.
+        beyond: Whether that is beyond chance, all layers considered.
+    """
+
+    delta: Array
+    rho: Array
+    share: float
+    p: float = 1.0
+    beyond: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """The scores of the model in one state, one number per sample (or per batch where that is all there is)."""
+
+    loss: Array | None = None
+    metric: Array | None = None
+    samples: int = 0
+    infinite: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What one state loses against another on the same samples.
+
+    Attributes:
+        cost: In the metric, or in the loss where there is no metric; positive is worse.
+        loss: In the loss.
+        grade: "E" and "W" by size with an interval that excludes 0, "I" for less; None where nothing was measured.
+    """
+
+    cost: Interval | None = None
+    loss: Interval | None = None
+    grade: Grade | None = None
+
+    @property
+    def harmful(self) -> bool:
+        """Whether a loss worth a warning was measured."""
+        return self.grade in ("E", "W")
+
+
+@dataclass(frozen=True, slots=True)
+class Dependence:
+    """How the answer about a sample changes with its batch.
+
+    Attributes:
+        path: "predict" or "evaluation mode".
+        change: Largest relative change with other samples around it.
+        noise: Relative change when nothing changes.
+        half: Whether the output is in half precision.
+        flips: Share of samples whose argmax changed; None where there is none.
+        alone: The error on a sample alone, "" without one.
+        layers: Normalizers that used batch statistics.
+        problem: Why nothing was measured.
+    """
+
+    path: str
+    change: float = 0.0
+    noise: float = 0.0
+    half: bool = False
+    flips: float | None = None
+    alone: str = ""
+    layers: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """What the user's evaluation changed in the model."""
+
+    call: str
+    buffers: tuple[str, ...] = ()
+    modes: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Training steps on a copy.
+
+    Attributes:
+        count: How many.
+        moved: By layer, how far its running statistics moved: median over channels of |Δμ|/σ.
+        trained: Layers that were in training mode inside a step.
+        updates: By layer, updates of its statistics per step.
+        problem: Why there are none.
+    """
+
+    count: int = 0
+    moved: Mapping[str, float] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
+    updates: Mapping[str, float] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The other model that was passed.
+
+    Attributes:
+        follows: Correlation of the parameters.
+        same_weights: Whether these are equal bit for bit.
+        matched: Normalizers found in both.
+        equal: Those whose buffers are equal bit for bit.
+        initial: Those whose buffers are initial in the checked model and not in the reference.
+        initial_there: The other way round.
+        older: Those whose buffers have seen fewer batches here.
+        older_there: The other way round.
+        copied: What the checked model loses against itself with the reference's buffers.
+        theirs: What the reference loses against itself with the checked model's buffers.
+        problem: Why they cannot be compared.
+    """
+
+    follows: float = 0.0
+    same_weights: bool = False
+    matched: tuple[str, ...] = ()
+    equal: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
+    initial_there: tuple[str, ...] = ()
+    older: tuple[str, ...] = ()
+    older_there: tuple[str, ...] = ()
+    copied: Effect = Effect()
+    theirs: Effect = Effect()
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measurements:
+    """Everything that the rules may look at.
+
+    Attributes:
+        training: Whether the model was handed over in training mode.
+        learns: Whether any parameter requires a gradient.
+        average: The class of a weight average that leaves buffers out, e.g. "AveragedModel(use_buffers=False)".
+        layers: All normalizers.
+        infinite_weights: Parameters that hold NaN or infinity.
+        sites: The calls in one forward.
+        unreached: Normalizers that no cached batch reached.
+        seen: Inputs in evaluation mode.
+        own: Inputs with every normalizer on batch statistics: each layer's own drift, not what the layers above pass on.
+        drift: Running statistics against `own`.
+        design: By layer, (design effect, p-value).
+        outcomes: Scores by state.
+        recalibrated: What the model loses against itself with statistics of split A.
+        batch: The same against itself on batch statistics.
+        small: What batch statistics lose against recalibrated ones.
+        repaired: Share of non-finite outputs before.
+        shares: By layer, the share of the gap that it explains when it alone is recalibrated.
+        estimators: Largest relative difference of the two estimators' variances.
+        chance: Accuracy of always answering the most frequent class.
+        repeat: Relative difference of two evaluations of one batch.
+        batch_problem: Why batch statistics could not be used.
+        score_problem: Why nothing could be scored, "" if it could.
+        needed: Samples needed to see an effect of the stated size; None where it was not measured.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    training: bool = False
+    learns: bool = True
+    average: str = ""
+    infinite_weights: tuple[str, ...] = ()
+    sites: tuple[Site, ...] = ()
+    functional: tuple[FunctionalCall, ...] = ()
+    unreached: tuple[str, ...] = ()
+    seen: Mapping[str, Moments] = field(default_factory=dict)
+    own: Mapping[str, Moments] = field(default_factory=dict)
+    drift: Mapping[str, Drift] = field(default_factory=dict)
+    design: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    recalibrated: Effect = Effect()
+    batch: Effect = Effect()
+    small: Effect = Effect()
+    predicted: Effect = Effect()
+    shares: Mapping[str, float] = field(default_factory=dict)
+    estimators: float = 0.0
+    best_estimator: str = "population"
+    chance: float | None = None
+    repeat: float | None = None
+    dependence: Dependence | None = None
+    mutation: Mutation | None = None
+    steps: Steps | None = None
+    reference: Reference | None = None
+    loader: LoaderFacts = field(default_factory=LoaderFacts)
+    batch_size: int = 0
+    batches: tuple[int, int, int] = (0, 0, 0)
+    batch_problem: str = ""
+    score_problem: str = ""
+    needed: int | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether normalizers use batch statistics in the user's training, as far as this can be known."""
+        if self.steps is not None and not self.steps.problem:
+            return bool(self.steps.trained)
+        return any(layer.training and layer.kind == "BatchNorm" and not layer.held for layer in self.layers)
+
+    def layer(self, name: str) -> Layer:
+        """A layer by name."""
+        return next(layer for layer in self.layers if layer.name == name)

@@ -1,0 +1,279 @@
+"""The model under examination: how it is fed, put into a state, watched and scored. It is always brought back."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from normscope.doctor.cache import Batch
+from normscope.doctor.measurements import Array, Moments, Outcome
+from normscope.errors import ArgumentError
+from normscope.records import PassCost
+from normscope.surgery import feed, find, quiet
+from normscope.surgery.find import Found
+
+__all__ = ["Patient", "Statistics", "Watch"]
+
+# Channels of which sample-level means are kept: enough for a median, and little memory in wide models.
+KEPT_CHANNELS = 64
+
+Statistics = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(slots=True)
+class Patient:
+    """A model with the user's callables.
+
+    Attributes:
+        model: The model.
+        forward: `forward(model, batch)`.
+        loss: `loss(output, batch)`, one number per sample.
+        metric: The same, higher is better, or one number per batch.
+        device: Where batches go.
+        passes: What has been run, for the report.
+        inferred: What was guessed about loss and metric, "" for nothing.
+    """
+
+    model: Module
+    forward: Callable[[Module, Any], Any] | None
+    loss: Callable[[Any, Any], Any] | None
+    metric: Callable[[Any, Any], Any] | None
+    device: torch.device | None = None
+    passes: list[PassCost] = field(default_factory=list)
+    inferred: str = ""
+
+    def run(self, batch: Batch) -> tuple[Any, Any]:
+        """The output on a batch, and the batch as the user's loss may see it."""
+        data = batch.fresh(self.device)
+        return feed(self.model, data, self.forward), data
+
+    @property
+    def layers(self) -> tuple[Found, ...]:
+        """The normalizers."""
+        return find(self.model)
+
+    @property
+    def trackers(self) -> tuple[Found, ...]:
+        """Those with running statistics over channels on axis 1, which can be watched and recalibrated."""
+        return tuple(f for f in self.layers if _watchable(f))
+
+    # --- states ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, whatever the model's own `train` makes of it."""
+        self.model.eval()
+        with quiet():
+            yield
+
+    @contextlib.contextmanager
+    def on_batches(self, only: Sequence[str] | None = None) -> Iterator[None]:
+        """Normalizers on batch statistics, everything else, dropout above all, in evaluation mode."""
+        with self.keeping(), self.evaluating():
+            changed: list[tuple[Module, bool, Any]] = []
+            try:
+                for found in self.trackers:
+                    if only is None or found.name in only:
+                        module = found.module
+                        changed.append((module, module.training, getattr(module, "momentum", None)))
+                        module.training = True
+                        if hasattr(module, "momentum"):
+                            module.momentum = 0.0
+                yield
+            finally:
+                for module, training, momentum in changed:
+                    module.training = training
+                    if hasattr(module, "momentum"):
+                        module.momentum = momentum
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Bring back the statistics afterwards."""
+        kept = [(b, b.detach().clone()) for f in self.trackers for b in f.module.buffers(recurse=False)]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
+
+    @contextlib.contextmanager
+    def with_statistics(self, statistics: Statistics, only: Sequence[str] | None = None) -> Iterator[None]:
+        """Evaluation mode with other running statistics."""
+        with self.keeping(), self.evaluating():
+            for found in self.trackers:
+                if found.name in statistics and (only is None or found.name in only):
+                    mean, var = statistics[found.name]
+                    found.module.get_buffer("running_mean").copy_(mean.view_as(found.module.get_buffer("running_mean")))
+                    found.module.get_buffer("running_var").copy_(var.view_as(found.module.get_buffer("running_var")))
+            yield
+
+    # --- passes ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def noting(self, name: str, batches: Sequence[Batch]) -> Iterator[None]:
+        """Note a pass for the report."""
+        start = time.monotonic()
+        yield
+        spent = time.monotonic() - start
+        self.passes.append(PassCost(name, len(batches), sum(batch.size for batch in batches), spent))
+
+    def measure(self, name: str, batches: Sequence[Batch], samples: bool) -> dict[str, Moments]:
+        """The inputs of all trackers over these batches, in the state that the caller has put the model into."""
+        with self.noting(name, batches), Watch(self.trackers, samples) as watch:
+            for batch in batches:
+                self.run(batch)
+                watch.commit()
+        return watch.moments()
+
+    def score(self, name: str, batches: Sequence[Batch]) -> Outcome:
+        """Loss and metric over these batches, in the state that the caller has put the model into."""
+        sheet = ScoreSheet(self.loss, self.metric)
+        with self.noting(name, batches):
+            for batch in batches:
+                sheet.add(*self.run(batch), batch.size)
+        return sheet.outcome()
+
+
+def _watchable(found: Found) -> bool:
+    if not found.running or isinstance(found.module, torch.jit.ScriptModule):
+        return False
+    buffers = [found.module._buffers.get(name) for name in ("running_mean", "running_var")]
+    return all(buffer is not None and not is_lazy(buffer) for buffer in buffers)
+
+
+class ScoreSheet:
+    """Losses and metrics as the user's functions give them.
+
+    Raises:
+        ArgumentError: A function returns something else than numbers.
+    """
+
+    def __init__(self, loss: Callable[[Any, Any], Any] | None, metric: Callable[[Any, Any], Any] | None) -> None:
+        self.functions = {"loss": loss, "metric": metric}
+        self.values: dict[str, list[Array]] = {"loss": [], "metric": []}
+        self.samples = 0
+        self.outputs = self.infinite = 0
+
+    def add(self, output: Any, data: Any, size: int) -> None:
+        """Score one batch."""
+        self.samples += size
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                self.outputs += leaf.numel()
+                self.infinite += int((~torch.isfinite(leaf)).sum())
+        for name, function in self.functions.items():
+            if function is not None:
+                self.values[name].append(_numbers(name, function(output, data), size))
+
+    def outcome(self) -> Outcome:
+        """All of it; where one batch gave a single number, every batch counts once."""
+        joined = {name: _joined(values, self.samples) for name, values in self.values.items()}
+        return Outcome(joined["loss"], joined["metric"], self.samples, self.infinite / max(1, self.outputs))
+
+
+def _numbers(name: str, value: Any, size: int) -> Array:
+    try:
+        numbers = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"{name}(output, batch) returned a {type(value).__name__}, not numbers: {error}",
+            cure="return a tensor with one number per sample, e.g. cross_entropy(…, reduction='none')",
+        ) from error
+    if numbers.dim() > 1 and numbers.shape[0] == size:
+        numbers = numbers.flatten(1).mean(dim=1)
+    return np.asarray(numbers.reshape(-1).numpy() if numbers.numel() == size else numbers.mean().reshape(1).numpy())
+
+
+def _joined(values: list[Array], samples: int) -> Array | None:
+    if not values:
+        return None
+    if sum(map(len, values)) == samples:
+        return np.concatenate(values)
+    return np.array([v.mean() for v in values])
+
+
+class Watch:
+    """Notes the moments of what enters normalizers; nothing of the activations is kept."""
+
+    def __init__(self, layers: Sequence[Found], samples: bool) -> None:
+        self.layers = layers
+        self.keep_samples = samples
+        self.pending: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+        self.batches: dict[str, list[tuple[float, Array, Array]]] = {}
+        self.samples: dict[str, list[Array]] = {}
+        self.infinite: dict[str, int] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Watch:
+        for found in self.layers:
+            self._handles.append(found.module.register_forward_pre_hook(self._hook(found), with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, found: Found) -> Callable[[Module, tuple[Any, ...], dict[str, Any]], None]:
+        channels = found.module.get_buffer("running_mean").numel()
+
+        def see(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if x is None or x.dim() < 2 or x.shape[1] != channels or x.numel() == 0:
+                return
+            x = x.detach()
+            self.infinite[found.name] = self.infinite.get(found.name, 0) + int((~torch.isfinite(x)).sum())
+            x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+            if x.dim() == 2:
+                mean, var = x, torch.zeros_like(x)
+            else:
+                var, mean = torch.var_mean(x.flatten(2), dim=2, correction=0)
+            self.pending.setdefault(found.name, []).append((mean.double(), var.double(), x[0, 0].numel()))
+
+        return see
+
+    def commit(self) -> None:
+        """Close a batch: all calls of a layer in it count as one."""
+        for found in self.layers:
+            calls = self.pending.pop(found.name, [])
+            if not calls:
+                continue
+            mean = torch.cat([m for m, _, _ in calls])
+            within = torch.cat([v for _, v, _ in calls])
+            centre = mean.mean(dim=0)
+            var = within.mean(dim=0)
+            if found.kind != "InstanceNorm":
+                var = var + (mean - centre).square().mean(dim=0)
+            count = float(sum(m.shape[0] * n for m, _, n in calls))
+            if found.kind == "InstanceNorm":
+                count /= mean.shape[0]
+            self.batches.setdefault(found.name, []).append((count, centre.cpu().numpy(), var.cpu().numpy()))
+            if self.keep_samples:
+                step = max(1, mean.shape[1] // KEPT_CHANNELS)
+                first = calls[0][0]  # one row per sample, however often the layer is called
+                self.samples.setdefault(found.name, []).append(first[:, ::step].float().cpu().numpy())
+
+    def moments(self) -> dict[str, Moments]:
+        """What was noted, by layer."""
+        found = {}
+        for name, rows in self.batches.items():
+            samples = self.samples.get(name)
+            found[name] = Moments(
+                sizes=np.array([row[0] for row in rows]),
+                means=np.stack([row[1] for row in rows]),
+                vars=np.stack([row[2] for row in rows]),
+                samples=np.concatenate(samples).astype(np.float64) if samples else None,
+                groups=np.repeat(np.arange(len(samples)), [len(s) for s in samples]) if samples else None,
+                infinite=self.infinite.get(name, 0),
+            )
+        return found

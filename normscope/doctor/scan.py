@@ -1,0 +1,222 @@
+"""Passes P0 and P1: what the model says about itself, and one traced forward."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from normscope.doctor.cache import Batch
+from normscope.doctor.measurements import Array, FunctionalCall, Layer, Site
+from normscope.doctor.patient import Patient
+from normscope.surgery import Snapshot, feed, find, is_frozen, paths
+from normscope.surgery.find import Found
+
+__all__ = ["Tracer", "average_without_buffers", "fed_frozen", "infinite_weights", "layers_of", "tensors_of"]
+
+_FUNCTIONS: dict[Any, str] = {
+    F.batch_norm: "batch_norm", F.instance_norm: "instance_norm", F.group_norm: "group_norm",
+    F.layer_norm: "layer_norm", F.rms_norm: "rms_norm", torch.batch_norm: "batch_norm",
+    torch.instance_norm: "instance_norm", torch.group_norm: "group_norm", torch.layer_norm: "layer_norm",
+    torch.rms_norm: "rms_norm", torch.native_batch_norm: "batch_norm",
+}  # fmt: skip
+# Where the functions keep the flag that asks for batch statistics.
+_FLAG = {"batch_norm": ("training", 5), "instance_norm": ("use_input_stats", 5)}
+
+
+# --- P0 -----------------------------------------------------------------------------------------------------------
+
+
+def layers_of(model: Module) -> tuple[Layer, ...]:
+    """The normalizers as they are, and what telling the model to train would do to them."""
+    found = find(model)
+    before = {f.name: bool(f.module.training) for f in found}
+    with Snapshot(model):
+        model.train()
+        after = {f.name: bool(f.module.training) for f in found}
+    return tuple(_layer(f, before[f.name], after[f.name]) for f in found)
+
+
+def _layer(found: Found, training: bool, after: bool) -> Layer:
+    module = found.module
+    own = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
+    tracks = getattr(module, "track_running_stats", None)
+    return Layer(
+        name=found.name,
+        kind=found.kind,
+        cls=type(module).__name__,
+        training=training,
+        running=found.running,
+        tracks=tracks if isinstance(tracks, bool) else None,
+        held=is_frozen(module) or (found.running and not hasattr(module, "momentum")),
+        momentum=_number(getattr(module, "momentum", None)),
+        eps=_number(getattr(module, "eps", None)) or 0.0,
+        seen=_count(getattr(module, "num_batches_tracked", None)),
+        mean=_values(getattr(module, "running_mean", None)),
+        var=_values(getattr(module, "running_var", None)),
+        weight=_values(getattr(module, "weight", None)),
+        bias=_values(getattr(module, "bias", None)),
+        learns=any(p.requires_grad for p in own) if own else None,
+        keeps_mode=training == after,
+        script=isinstance(module, torch.jit.ScriptModule),
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _count(value: Any) -> int | None:
+    return int(value) if isinstance(value, Tensor) and value.numel() == 1 and not is_lazy(value) else None
+
+
+def _values(value: Any) -> Array | None:
+    if not isinstance(value, Tensor) or is_lazy(value) or value.device.type == "meta":
+        return None
+    return np.asarray(value.detach().to("cpu", torch.float64).reshape(-1).numpy()).copy()
+
+
+def average_without_buffers(model: Module) -> str:
+    """The name of a weight average that leaves buffers out, "" for any other model."""
+    averaged = isinstance(model, AveragedModel) and not model.use_buffers and int(model.n_averaged) > 1
+    return "AveragedModel(use_buffers=False)" if averaged else ""
+
+
+def infinite_weights(model: Module) -> tuple[str, ...]:
+    """Names of parameters that hold NaN or infinity."""
+    named = ((n, p) for n, p in model.named_parameters() if not is_lazy(p) and p.is_floating_point())
+    return tuple(n for n, p in named if p.device.type != "meta" and not bool(torch.isfinite(p).all()))
+
+
+# --- P1 -----------------------------------------------------------------------------------------------------------
+
+
+class Tracer(TorchFunctionMode):
+    """One forward: the calls of normalizers, modules or functions, and the names of modules that are running."""
+
+    def __init__(self, model: Module) -> None:
+        super().__init__()
+        self.model = model
+        self.sites: list[Site] = []
+        self.calls: list[FunctionalCall] = []
+        self._stack: list[str] = []
+        self._norms = {id(f.module): f for f in find(model)}
+        self._inside = 0
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """With its hooks on every module."""
+        handles = []
+        try:
+            for module, names in paths(self.model):
+                if not isinstance(module, torch.jit.ScriptModule):
+                    handles.append(module.register_forward_pre_hook(self._enter(names[0]), with_kwargs=True))
+                    handles.append(module.register_forward_hook(self._leave, always_call=True))
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str) -> Callable[[Module, tuple[Any, ...], dict[str, Any]], None]:
+        def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._stack.append(name)
+            found = self._norms.get(id(module))
+            if found is None:
+                return
+            self._inside += 1
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if x is not None:
+                index = sum(site.layer == name for site in self.sites)
+                self.sites.append(Site(name, index, tuple(x.shape), _per_statistic(found, tuple(x.shape))))
+
+        return enter
+
+    def _leave(self, module: Module, *_: Any) -> None:
+        if self._stack:
+            self._stack.pop()
+        if id(module) in self._norms:
+            self._inside -= 1
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = _FUNCTIONS.get(function)
+        if name is not None and self._inside <= 0:
+            key, place = _FLAG.get(name, ("", 0))
+            flag = kwargs.get(key, args[place] if key and len(args) > place else False)
+            batch = name == "batch_norm" and bool(flag)
+            self.calls.append(FunctionalCall(name, self._stack[-1] if self._stack else "", batch))
+        return function(*args, **kwargs)
+
+
+def _per_statistic(found: Found, shape: tuple[int, ...]) -> float:
+    """How many values share one statistic in training."""
+    count = float(np.prod(shape))
+    module, kind = found.module, found.kind
+    if kind in ("BatchNorm", "custom", "Norm") and len(shape) > 1:
+        return count / max(1, shape[1])
+    if kind == "InstanceNorm" and len(shape) > 2:
+        return count / max(1, shape[0] * shape[1])
+    if kind == "GroupNorm" and len(shape) > 1:
+        return count / max(1, shape[0] * int(module.num_groups))  # type: ignore[arg-type]
+    if kind in ("LayerNorm", "RMSNorm"):
+        return float(np.prod(tuple(module.normalized_shape)))  # type: ignore[arg-type]
+    return count
+
+
+def fed_frozen(patient: Patient, batch: Batch) -> dict[str, bool]:
+    """By normalizer, whether nothing before it learns: autograd knows, and need not keep activations for that."""
+    fed: dict[str, bool] = {}
+
+    def hook(name: str) -> Callable[[Module, tuple[Any, ...], dict[str, Any]], None]:
+        def see(_: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            if x is not None:
+                fed[name] = fed.get(name, True) and not x.requires_grad
+
+        return see
+
+    handles = [f.module.register_forward_pre_hook(hook(f.name), with_kwargs=True) for f in patient.trackers]
+    try:
+        patient.model.eval()
+        forget = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), forget:
+            feed(patient.model, batch.fresh(patient.device), patient.forward)
+    except Exception:
+        return {}  # a forward that cannot run with gradients leaves the question open
+    finally:
+        for handle in handles:
+            handle.remove()
+    return fed
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output, widened."""
+    leaves = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+    return [leaf.detach().double() for leaf in leaves if leaf.is_floating_point()]
+
+
+def difference(a: Any, b: Any) -> float | None:
+    """The largest relative difference of two outputs, ‖a − b‖/‖a‖ per tensor; None where they cannot be compared."""
+    first, second = tensors_of(a), tensors_of(b)
+    if not first or [t.shape for t in first] != [t.shape for t in second]:
+        return None
+    worst = 0.0
+    for x, y in itertools.zip_longest(first, second):
+        known = torch.isfinite(x) & torch.isfinite(y)
+        scale = float(x[known].norm())
+        worst = max(worst, float((x - y)[known].norm()) / scale if scale > 0 else float((x - y)[known].norm() > 0))
+    return worst
