@@ -18,7 +18,7 @@ help:
 	@echo "make clean   remove the virtual environment and caches"
 
 # torch first and pinned, so that nothing else chooses its build.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard normscope/kernels/cpp/*.h normscope/kernels/cpp/*.cpp)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,dev]'
@@ -41,4 +41,4 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis normscope-demo
+	rm -rf $(VENV) build dist *.egg-info normscope/kernels/cpp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis normscope-demo

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normscope.kernels import COMPUTE_DTYPE, eager
+from normscope.kernels import COMPUTE_DTYPE, cpu, eager
+from normscope.kernels.activations import ACTIVATIONS
 from normscope.kernels.formula import Formula
 
 __all__ = ["Operands", "normalize_parts"]
@@ -54,7 +55,11 @@ def normalize_parts(operands: Operands, formula: Formula) -> tuple[Tensor, Tenso
         the averaged parts; these two are without gradient.
     """
     plain = _plain()
-    if plain and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    layout = _compiled_layout(operands, formula) if plain else None
+    if layout is not None:
+        return _compiled(operands, formula, layout, learns)
+    if plain and learns:
         y, mean, var = _Normalize.apply(formula, *operands)  # type: ignore[no-untyped-call]
     else:
         y, stats = _forward(operands, formula, own=plain and not torch.is_grad_enabled())
@@ -93,7 +98,7 @@ def _clean(o: Operands) -> Operands:
 
 
 class _Normalize(torch.autograd.Function):
-    """The formula with its hand-derived gradient."""
+    """The formula with its hand-derived gradient, in torch operators."""
 
     @staticmethod
     def forward(ctx: Any, formula: Formula, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,17 +113,96 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        gy = grads[0]
-        if gy is None:
+        if grads[0] is None:
             return (None,) * (1 + len(Operands._fields))
-        operands = Operands(*ctx.saved_tensors[:7])
-        o = _clean(operands.computed())
-        # Under create_graph the statistics must be functions of x again, not numbers.
-        stats = _statistics(o, ctx.formula) if torch.is_grad_enabled() else eager.Statistics(*ctx.saved_tensors[7:])
-        gradients = _backward(gy.to(o.x.dtype), o, stats, ctx.formula, Operands(*ctx.needs_input_grad[1:]))
-        return None, *(
-            None if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, operands, strict=True)
+        operands, needs = Operands(*ctx.saved_tensors[:7]), Operands(*ctx.needs_input_grad[1:])
+        stats = None if torch.is_grad_enabled() else eager.Statistics(*ctx.saved_tensors[7:])
+        return None, *_gradients(grads[0], operands, stats, ctx.formula, needs)
+
+
+class _Compiled(torch.autograd.Function):
+    """The same on the compiled kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, formula: Formula, layout: cpu.Layout, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        operands = Operands(*tensors)  # type: ignore[arg-type]
+        y, statistics = _compiled_forward(operands, formula, layout)
+        ctx.formula, ctx.layout = formula, layout
+        ctx.save_for_backward(*operands, statistics)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(statistics)
+        return y, statistics
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gy, needs = grads[0], Operands(*ctx.needs_input_grad[2:])
+        if gy is None:
+            return (None,) * (2 + len(Operands._fields))
+        o, statistics = Operands(*ctx.saved_tensors[:7]), ctx.saved_tensors[7]
+        if torch.is_grad_enabled():  # under create_graph the gradient itself must be differentiable
+            return None, None, *_gradients(gy, o, None, ctx.formula, needs)
+        shape, params = o.x.shape, ctx.layout.params
+        weight, bias = (None if t is None else cpu.flat(t, shape, params) for t in (o.weight, o.bias))
+        g = cpu.backward(
+            _like(gy, o.x), o.x, ctx.layout, ctx.formula, weight, bias, _like(o.residual, o.x), statistics,
+            fixed=o.mean is not None, needs_x=bool(needs.x), needs_params=bool(needs.weight or needs.bias),
+            needs_residual=bool(needs.residual),
+        )  # fmt: skip
+        dweight, dbias = (
+            None if d is None or t is None else eager.sum_to(cpu.unflat(d, shape, params), t).to(t.dtype)
+            for d, t in ((g.weight, o.weight), (g.bias, o.bias))
         )
+        dresidual = None if g.residual is None or o.residual is None else g.residual.to(o.residual.dtype)
+        return None, None, g.x, dweight, dbias, dresidual, None, None, None
+
+
+def _compiled_layout(o: Operands, formula: Formula) -> cpu.Layout | None:
+    """How the compiled kernels would see the operands, or None where they do not serve them."""
+    if o.x.device.type != "cpu" or o.x.dtype not in _COMPILED_DTYPES or o.mask is not None or o.x.numel() == 0:
+        return None
+    if any(t is not None and t.requires_grad for t in (o.mean, o.var)) or cpu.missing() is not None:
+        return None
+    params = [t for t in (o.weight, o.bias) if t is not None]
+    varies = tuple(any(t.shape[i] != 1 for t in params) for i in range(o.x.dim()))
+    return cpu.layout_of(tuple(o.x.shape), o.x.stride(), formula.inside, varies)
+
+
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _compiled(operands: Operands, formula: Formula, layout: cpu.Layout, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if learns:
+        y, statistics = _Compiled.apply(formula, layout, *operands)  # type: ignore[no-untyped-call]
+    else:
+        y, statistics = _compiled_forward(operands, formula, layout)
+    shape = operands.x.shape
+    mean, var = (cpu.unflat(t, shape, layout.sets) for t in (statistics[0] + statistics[1], statistics[2]))
+    return y, mean, var
+
+
+def _compiled_forward(o: Operands, formula: Formula, layout: cpu.Layout) -> tuple[Tensor, Tensor]:
+    shape = o.x.shape
+    weight, bias = (None if t is None else cpu.flat(t, shape, layout.params) for t in (o.weight, o.bias))
+    given = None
+    if o.mean is not None and o.var is not None:
+        given = (cpu.flat(o.mean, shape, layout.sets), cpu.flat(o.var, shape, layout.sets))
+    return cpu.forward(o.x, layout, formula, weight, bias, _like(o.residual, o.x), given)
+
+
+def _like(t: Tensor | None, x: Tensor) -> Any:
+    """A tensor with x's dtype and strides."""
+    if t is None or (t.stride() == x.stride() and t.dtype == x.dtype):
+        return t
+    return torch.empty_like(x).copy_(t)
+
+
+def _gradients(
+    gy: Tensor, operands: Operands, stats: eager.Statistics | None, formula: Formula, needs: Operands
+) -> tuple[Tensor | None, ...]:
+    """The gradients in torch operators; without statistics these become functions of x again, as create_graph needs."""
+    o = _clean(operands.computed())
+    gradients = _backward(gy.to(o.x.dtype), o, stats or _statistics(o, formula), formula, needs)
+    return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, operands, strict=True))
 
 
 def _backward(gy: Tensor, o: Operands, stats: eager.Statistics, f: Formula, needs: Operands) -> Operands:

@@ -59,4 +59,4 @@ def update_running(
 def _unbiased(var: Tensor, count: int | Tensor) -> Tensor:
     if isinstance(count, int):
         return var * (count / (count - 1)) if count > 1 else var
-    return var * (count / (count - 1).clamp(min=1))
+    return var * count.to(var.dtype) / (count - 1).clamp(min=1)

@@ -248,7 +248,7 @@ def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _count(x: Tensor, inside: Sequence[int], mask: Tensor | None) -> int | Tensor:
     if mask is None:
-        return math.prod([x.shape[i] for i in inside])
+        return max(math.prod([x.shape[i] for i in inside]), 1)  # an empty set has mean 0 and variance 0
     return mask.expand(x.shape).sum(tuple(inside), keepdim=True).clamp(min=1)
 
 
@@ -260,14 +260,27 @@ def _sum(x: Tensor, dims: Sequence[int]) -> Tensor:
     one piece per thread, in another order than the same row of a batch: seen twice through a stride of zero, the row
     takes the path of a batch of two.
     """
+    if not dims:
+        return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return x.sum(tuple(dims), keepdim=True) if dims else x
+        return x.sum(tuple(dims), keepdim=True)
+    if not _dense(x):  # torch's loops over gaps depend on the threads
+        x = x.contiguous()
     for run in _runs(x, dims):
         if all(i in run or size == 1 for i, size in enumerate(x.shape)):
             x = x.expand(2, *x.shape).sum([d + 1 for d in run], keepdim=True)[0]
         else:
             x = x.sum(run, keepdim=True)
     return x
+
+
+def _dense(x: Tensor) -> bool:
+    step = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _runs(x: Tensor, dims: Sequence[int]) -> list[list[int]]:

@@ -1,0 +1,164 @@
+// The operators, through PyTorch's stable ABI: one shared object for every Python and every torch from 2.10 on.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+namespace normscope {
+
+void parallel(int64_t count, int64_t grain, Range range, void* context) {
+  if (count <= grain || torch::stable::get_num_threads() == 1) {
+    range(0, count, context);
+    return;
+  }
+  torch::stable::parallel_for(0, count, grain, [&](int64_t b, int64_t e) { range(b, e, context); });
+}
+
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool usable;
+  const Kernels& (*table)();
+};
+
+// NORMSCOPE_ISA forces one, for tests; otherwise the widest that the processor has.
+const InstructionSet& instruction_set() {
+  static const InstructionSet chosen = [] {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const InstructionSet all[] = {{"avx512", v4, kernels_v4}, {"avx2", v3, kernels_v3}, {"baseline", true, kernels_baseline}};
+#else
+    const InstructionSet all[] = {{"baseline", true, kernels_baseline}};
+#endif
+    const char* wanted = std::getenv("NORMSCOPE_ISA");
+    for (const InstructionSet& isa : all)
+      if (isa.usable && (!wanted || !*wanted || std::string(wanted) == isa.name)) return isa;
+    return all[sizeof(all) / sizeof(all[0]) - 1];
+  }();
+  return chosen;
+}
+
+int64_t isa_level() {
+  const std::string name = instruction_set().name;
+  return name == "avx512" ? 2 : name == "avx2" ? 1 : 0;
+}
+
+Plan read_plan(const std::vector<int64_t>& v) {
+  STD_TORCH_CHECK(v.size() == 20, "a plan has 20 integers");
+  Plan p;
+  p.across = v[0];
+  p.length = v[1];
+  p.fold = v[2];
+  p.param_outer = v[3];
+  p.param_inner = v[4];
+  Axis* axes[] = {&p.rows[0], &p.rows[1], &p.tasks[0], &p.tasks[1], &p.tasks[2]};
+  for (int i = 0; i < 5; ++i) *axes[i] = {v[5 + 3 * i], v[6 + 3 * i], v[7 + 3 * i]};
+  return p;
+}
+
+int dtype_of(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "float32 or bfloat16 only");
+  return type == ScalarType::BFloat16;
+}
+
+// The stable API checks nothing: a tensor of another size or dtype would be read past its end.
+void* data(const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == x.scalar_type() && t.numel() == x.numel(), "a tensor does not match x");
+  return t.data_ptr();
+}
+void* data(const Optional& t, const Tensor& x) { return t ? data(*t, x) : nullptr; }
+float* numbers(const Tensor& t, int64_t count) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() == count && t.is_contiguous(),
+                  "numbers must be contiguous float32 of the right count");
+  return static_cast<float*>(t.data_ptr());
+}
+float* numbers(const Optional& t, int64_t count) { return t ? numbers(*t, count) : nullptr; }
+
+int64_t activation_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number < kActivationCount, "no such activation");
+  return number;
+}
+
+int64_t params(const Plan& p) {
+  int64_t last = p.params_per_task() - 1;
+  for (const Axis& a : p.tasks) last += (a.size - 1) * a.param;
+  return last + 1;
+}
+
+void check(const Plan& p, const Tensor& x) {
+  STD_TORCH_CHECK(p.task_count() * p.row_count() * p.length == x.numel() && x.numel() > 0, "the plan does not match x");
+}
+
+void forward(Tensor x, Optional residual, Tensor y, Optional weight, Optional bias, Tensor statistics,
+             std::vector<int64_t> plan, bool given, bool center, bool scale, double eps, int64_t activation) {
+  Forward f;
+  f.plan = read_plan(plan);
+  check(f.plan, x);
+  const int64_t sets = f.plan.task_count() * f.plan.sets_per_task();
+  float* s = numbers(statistics, 4 * sets);
+  f.x = data(x, x), f.residual = data(residual, x), f.y = data(y, x);
+  f.weight = numbers(weight, params(f.plan)), f.bias = numbers(bias, params(f.plan));
+  f.high = s, f.low = s + sets, f.var = s + 2 * sets, f.rstd = s + 3 * sets;
+  f.given = given, f.center = center, f.scale = scale, f.eps = eps;
+  f.activation = activation_of(activation);
+  instruction_set().table().forward[dtype_of(x)](f);
+}
+
+void backward(Tensor gy, Tensor x, Optional residual, Optional dx, Optional dresidual, Optional weight, Optional bias,
+              Tensor statistics, Optional dweight, Optional dbias, std::vector<int64_t> plan, bool fixed, bool center,
+              bool scale, int64_t activation) {
+  Backward f;
+  f.plan = read_plan(plan);
+  check(f.plan, x);
+  const int64_t sets = f.plan.task_count() * f.plan.sets_per_task(), count = params(f.plan);
+  const float* s = numbers(statistics, 4 * sets);
+  f.gy = data(gy, x), f.x = data(x, x), f.residual = data(residual, x);
+  f.dx = data(dx, x), f.dresidual = data(dresidual, x);
+  f.weight = numbers(weight, count), f.bias = numbers(bias, count);
+  f.dweight = numbers(dweight, count), f.dbias = numbers(dbias, count);
+  f.high = s, f.low = s + sets, f.rstd = s + 3 * sets;
+  f.fixed = fixed, f.center = center, f.scale = scale;
+  f.activation = activation_of(activation);
+  instruction_set().table().backward[dtype_of(x)](f);
+}
+
+}  // namespace
+}  // namespace normscope
+
+STABLE_TORCH_LIBRARY(normscope, m) {
+  m.def(
+      "forward(Tensor x, Tensor? residual, Tensor(a!) y, Tensor? weight, Tensor? bias, Tensor(b!) statistics, int[] plan, "
+      "bool given, bool center, bool scale, float eps, int activation) -> ()");
+  m.def(
+      "backward(Tensor gy, Tensor x, Tensor? residual, Tensor(a!)? dx, Tensor(b!)? dresidual, Tensor? weight, Tensor? bias, "
+      "Tensor statistics, Tensor(c!)? dweight, Tensor(d!)? dbias, int[] plan, bool fixed, bool center, bool scale, "
+      "int activation) -> ()");
+  m.def("isa() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(normscope, CPU, m) {
+  m.impl("forward", TORCH_BOX(&normscope::forward));
+  m.impl("backward", TORCH_BOX(&normscope::backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(normscope, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&normscope::isa_level));
+}

@@ -1,0 +1,95 @@
+// What a kernel knows: the order of the loops and where sets and parameters change. Never the name of a normalizer.
+//
+// A dense tensor is a nest of axes in memory order. Each axis lies inside or outside the scope S, and the parameters
+// (weight, bias) vary along it or not. The innermost axis decides the loop order:
+//
+//   along   it lies inside S: a set is `rows` runs of `length` contiguous cells
+//   across  it lies outside S: `length` neighbours belong to `length / fold` different sets
+//
+// The axes further out are rows (inside S) or tasks (outside S). Tasks share nothing but parameters.
+#pragma once
+
+#include <cstdint>
+
+namespace normscope {
+
+struct Axis {
+  int64_t size, stride, param;  // stride in elements of x, param in elements of weight
+};
+
+struct Plan {
+  bool across;
+  int64_t length;
+  int64_t fold;                      // across: neighbouring columns that fold into one set
+  int64_t param_outer, param_inner;  // index of the parameter: along, j·inner; across, k/fold·outer + k%fold·inner
+  Axis rows[2], tasks[3];
+
+  int64_t row_count() const { return rows[0].size * rows[1].size; }
+  int64_t task_count() const { return tasks[0].size * tasks[1].size * tasks[2].size; }
+  int64_t cells() const { return row_count() * (across ? fold : length); }
+  int64_t sets_per_task() const { return across ? length / fold : 1; }
+  bool row_params() const { return rows[0].param || rows[1].param; }
+  bool inner_params() const { return param_outer || param_inner; }
+
+  Axis row(int64_t r) const {  // stride and param hold the offsets of row r
+    const int64_t outer = r / rows[1].size, inner = r % rows[1].size;
+    return {1, outer * rows[0].stride + inner * rows[1].stride, outer * rows[0].param + inner * rows[1].param};
+  }
+  Axis task(int64_t t) const {
+    const int64_t c = t % tasks[2].size, ab = t / tasks[2].size, b = ab % tasks[1].size, a = ab / tasks[1].size;
+    return {1, a * tasks[0].stride + b * tasks[1].stride + c * tasks[2].stride,
+            a * tasks[0].param + b * tasks[1].param + c * tasks[2].param};
+  }
+  // How many parameters lie between the first and the last that one task touches, plus one.
+  int64_t params_per_task() const {
+    int64_t last = (rows[0].size - 1) * rows[0].param + (rows[1].size - 1) * rows[1].param;
+    last += across ? (length / fold - 1) * param_outer + (fold - 1) * param_inner : (length - 1) * param_inner;
+    return last + 1;
+  }
+  bool tasks_share_params() const { return !(tasks[0].param || tasks[1].param || tasks[2].param); }
+};
+
+constexpr int64_t kActivationCount = 13;  // none, then the table in bodies.h
+
+struct Forward {
+  Plan plan;
+  const void *x, *residual;          // residual may be null
+  void* y;
+  const float *weight, *bias;        // may be null
+  float *high, *low, *var, *rstd;    // one number per set, in memory order of the axes outside S
+  bool given;                        // high and var hold given moments; else all four are written
+  bool center, scale;
+  double eps;
+  int64_t activation;
+};
+
+struct Backward {
+  Plan plan;
+  const void *gy, *x, *residual;
+  void *dx, *dresidual;              // either may be null
+  const float *weight, *bias, *high, *low, *rstd;
+  float *dweight, *dbias;            // may be null
+  bool fixed, center, scale;         // fixed: the moments do not depend on x
+  int64_t activation;
+};
+
+// One table per instruction set; dtype 0 is float32, 1 is bfloat16.
+struct Kernels {
+  void (*forward[2])(const Forward&);
+  void (*backward[2])(const Backward&);
+};
+
+// torch's thread pool, handed in so that the bodies need no header of torch.
+using Range = void (*)(int64_t begin, int64_t end, void* context);
+void parallel(int64_t count, int64_t grain, Range range, void* context);
+
+template <class F>
+void parallel_for(int64_t count, int64_t grain, F& body) {
+  parallel(count, grain, [](int64_t b, int64_t e, void* c) { (*static_cast<F*>(c))(b, e); }, &body);
+}
+
+const Kernels& kernels_baseline();
+const Kernels& kernels_v3();
+const Kernels& kernels_v4();
+
+}  // namespace normscope

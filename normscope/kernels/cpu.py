@@ -1,0 +1,236 @@
+"""The compiled kernels for the CPU: one read and one write where a set fits in cache (C++ in `cpp/`).
+
+The library is found beside this file, built for the torch that was there at installation; without it everything works
+through the eager kernels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normscope.kernels.formula import Formula
+
+__all__ = ["FUSED", "Layout", "backward", "forward", "isa", "layout_of", "missing"]
+
+# The activations by their number in the kernels' table.
+FUSED = {
+    name: number
+    for number, name in enumerate(
+        (
+            None,
+            "relu",
+            "relu6",
+            "leaky_relu",
+            "elu",
+            "silu",
+            "gelu",
+            "gelu_tanh",
+            "mish",
+            "sigmoid",
+            "tanh",
+            "hardswish",
+            "hardsigmoid",
+        )  # fmt: skip
+    )
+}
+
+# Runs inside S that are shorter are columns of an across loop, folded into their sets: a 7×7 map along its 49 cells ran
+# at 0.12 of the copy, as columns at 0.2 to 0.7.
+SHORT_RUN = 64
+
+_LIBRARY = Path(__file__).with_name("cpp") / "libnormscope.so"
+_INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
+@lru_cache(maxsize=1)
+def missing() -> str | None:
+    """Why the compiled kernels cannot run here, or None."""
+    if os.environ.get("NORMSCOPE_ISA") == "none":
+        return "switched off by NORMSCOPE_ISA=none"
+    if not _LIBRARY.exists():
+        return "not compiled: install torch and a C++20 compiler (g++), then reinstall normscope"
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return f"built for another torch ({error}): reinstall normscope"
+    return None
+
+
+def isa() -> str:
+    """The instruction set that the kernels use; the environment variable NORMSCOPE_ISA forces one."""
+    return _INSTRUCTION_SETS[torch.ops.normscope.isa()]
+
+
+class Layout(NamedTuple):
+    """A dense tensor as the kernels see it.
+
+    Attributes:
+        plan: The twenty integers of plan.h.
+        sets: Positions of the parts outside S in memory order, those of size one left out.
+        params: Positions of the parts along which the parameters vary, in memory order.
+    """
+
+    plan: tuple[int, ...]
+    sets: tuple[int, ...]
+    params: tuple[int, ...]
+
+
+class _Axis(NamedTuple):
+    size: int
+    stride: int
+    inside: bool
+    varies: bool
+    param: int
+
+
+_ONE = _Axis(1, 0, False, False, 0)
+
+
+@lru_cache(maxsize=4096)
+def layout_of(
+    shape: tuple[int, ...], strides: tuple[int, ...], inside: tuple[int, ...], varies: tuple[bool, ...]
+) -> Layout | None:
+    """The order of the loops for a tensor, or None when it is not dense or its scope is too ragged for them.
+
+    Args:
+        shape: Sizes of the parts.
+        strides: Strides of the parts.
+        inside: Positions of the averaged parts.
+        varies: Whether weight or bias vary along each part.
+    """
+    order = sorted((i for i, size in enumerate(shape) if size != 1), key=lambda i: -strides[i])
+    params = tuple(i for i in order if varies[i])
+    step, param, axes = 1, 1, []
+    for i in reversed(order):
+        if strides[i] != step:
+            return None
+        axes.append(_Axis(shape[i], step, i in inside, varies[i], param if varies[i] else 0))
+        step *= shape[i]
+        param *= shape[i] if varies[i] else 1
+    plan = _plan(_merged(axes[::-1]))
+    return None if plan is None else Layout(plan, tuple(i for i in order if i not in inside), params)
+
+
+def _merged(axes: Sequence[_Axis]) -> list[_Axis]:
+    merged: list[_Axis] = []
+    for axis in axes:
+        if merged and (merged[-1].inside, merged[-1].varies) == (axis.inside, axis.varies):
+            merged[-1] = axis._replace(size=merged[-1].size * axis.size)
+        else:
+            merged.append(axis)
+    return merged
+
+
+def _plan(axes: list[_Axis]) -> tuple[int, ...] | None:
+    if not axes:
+        return None
+    *outer, inner = axes
+    fold, column = 1, _ONE
+    across = not inner.inside
+    if across:
+        column, inner = inner, _ONE
+    elif inner.size < SHORT_RUN and not (outer and outer[-1].inside):
+        across, fold = True, inner.size
+        column = outer.pop() if outer else _ONE
+    rows = [axis for axis in outer if axis.inside]
+    tasks = [axis for axis in outer if not axis.inside]
+    if len(rows) > 2 or len(tasks) > 3 or (across and any(row.param for row in rows) and (column.param or inner.param)):
+        return None
+    length = column.size * fold if across else inner.size
+    head = [int(across), length, fold, column.param, inner.param]
+    padded = [_ONE] * (2 - len(rows)) + rows + [_ONE] * (3 - len(tasks)) + tasks
+    return (*head, *(number for axis in padded for number in (axis.size, axis.stride, axis.param)))
+
+
+def forward(
+    x: Tensor,
+    layout: Layout,
+    formula: Formula,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    moments: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """activation(γ · x̂ + β + residual), and the statistics: high, low, variance and 1/√(σ² + ε), a row each.
+
+    Args:
+        x: float32 or bfloat16, seen through its parts.
+        layout: What `layout_of` returned.
+        formula: The switches and the activation.
+        weight: Of `flat_param`.
+        bias: Of `flat_param`.
+        residual: Of x's dtype and strides.
+        moments: Given (mean, variance) of `flat_sets`, or None for x's own.
+    """
+    y = torch.empty_like(x)
+    count = 1
+    for i in layout.sets:
+        count *= x.shape[i]
+    statistics = torch.empty(4, count)
+    if moments is not None:
+        statistics[0], statistics[2] = moments
+    torch.ops.normscope.forward.default(
+        x, residual, y, weight, bias, statistics, layout.plan,
+        moments is not None, formula.center, formula.scale, formula.eps, FUSED[formula.activation],
+    )  # fmt: skip
+    return y, statistics
+
+
+class Gradients(NamedTuple):
+    """What `backward` returns; None where it was not asked for."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+
+
+def backward(
+    gy: Tensor,
+    x: Tensor,
+    layout: Layout,
+    formula: Formula,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: Tensor,
+    *,
+    fixed: bool,
+    needs_x: bool,
+    needs_params: bool,
+    needs_residual: bool,
+) -> Gradients:
+    """The gradients; gy has x's dtype and strides, `fixed` says that the moments were given."""
+    dx = torch.empty_like(x) if needs_x else None
+    dresidual = torch.empty_like(x) if needs_residual else None
+    dweight = torch.empty_like(weight) if needs_params and weight is not None else None
+    dbias = torch.empty_like(bias) if needs_params and bias is not None else None
+    torch.ops.normscope.backward.default(
+        gy, x, residual, dx, dresidual, weight, bias, statistics, dweight, dbias, layout.plan,
+        fixed, formula.center, formula.scale, FUSED[formula.activation],
+    )  # fmt: skip
+    return Gradients(dx, dweight, dbias, dresidual)
+
+
+def flat(t: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    """A tensor that broadcasts through the parts, as contiguous float32 in memory order over some of them."""
+    t = t.detach().float()
+    if any(t.shape[i] != shape[i] for i in order):
+        t = t.expand([shape[i] if i in order else n for i, n in enumerate(t.shape)])
+    if list(order) != sorted(order):
+        t = t.permute(*order, *(i for i in range(t.dim()) if i not in order))
+    return t.reshape(-1)
+
+
+def unflat(t: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+    """The other way: one number per combination of the parts in `order`, size one elsewhere."""
+    if list(order) != sorted(order):
+        t = t.reshape([shape[i] for i in order]).permute([list(order).index(i) for i in sorted(order)])
+    return t.reshape([n if i in order else 1 for i, n in enumerate(shape)])

@@ -1,0 +1,104 @@
+"""Compile the CPU kernels while the package is built.
+
+One shared object serves every Python and every torch from 2.10 on: it uses only the stable ABI of the torch whose
+headers lie in the target environment, and links against the libtorch_cpu that `import torch` has loaded. Building never
+installs a torch. Without its headers or without a compiler the package is built without the object and says so.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+SOURCES = Path(__file__).parent / "normscope" / "kernels" / "cpp"
+OBJECT = SOURCES / "libnormscope.so"
+
+# Never -ffast-math: linked with it, the object would set flush-to-zero for the whole process when it loads.
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+FLAGS += ["-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # stable ABI of torch 2.10
+X86 = {"baseline": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
+
+
+def headers():
+    """The include folder of the torch in the target environment; inside an isolated build it cannot be imported."""
+    for kind in ("platlib", "purelib"):
+        include = Path(sysconfig.get_path(kind)) / "torch" / "include"
+        if (include / "torch" / "csrc" / "stable" / "library.h").exists():
+            return include
+    return None
+
+
+def compiler():
+    """The C++ compiler to use."""
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+
+
+def units(include, folder):
+    """(object, command arguments) of every translation unit."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    for name in X86 if x86 else ["baseline"]:
+        march = [f"-march={X86[name]}"] if x86 else []
+        yield folder / f"{name}.o", [*march, "-c", str(SOURCES / f"bodies_{name}.cpp")]
+    yield folder / "library.o", [f"-isystem{include}", "-c", str(SOURCES / "library.cpp")]
+
+
+def build(cxx, include):
+    """Compile all units at once and link them."""
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor() as pool:
+        folder = Path(temporary)
+        jobs = dict(units(include, folder))
+        list(pool.map(lambda job: subprocess.run([cxx, *FLAGS, *job[1], "-o", str(job[0])], check=True), jobs.items()))
+        link = [cxx, "-shared", "-o", str(OBJECT), *map(str, jobs)]
+        if sys.platform == "darwin":
+            link += ["-undefined", "dynamic_lookup"]
+        else:  # a stub of the right name: no path of the build machine gets into the object
+            stub = folder / "libtorch_cpu.so"
+            (folder / "stub.cpp").write_text("")
+            soname = ["-Wl,-soname,libtorch_cpu.so", str(folder / "stub.cpp"), "-o", str(stub)]
+            subprocess.run([cxx, "-shared", "-fPIC", *soname], check=True)
+            link += [f"-L{folder}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+        subprocess.run(link, check=True)
+
+
+class BuildWithKernels(build_py):
+    """Put the shared object beside the sources of the kernels, then build as always."""
+
+    def run(self):
+        """Compile if that is possible here."""
+        OBJECT.unlink(missing_ok=True)
+        cxx, include = compiler(), headers()
+        if not cxx or not include:
+            lacking = "a C++20 compiler" if not cxx else "torch (install it first)"
+            print(f"normscope: without compiled kernels, {lacking} is missing", file=sys.stderr)
+        else:
+            try:
+                build(cxx, include)
+            except (subprocess.CalledProcessError, OSError) as error:
+                print(f"normscope: without compiled kernels, {error}", file=sys.stderr)
+        super().run()
+
+
+class AnyPython(bdist_wheel):
+    """The wheel is for any Python 3, and for one platform where it holds the kernels."""
+
+    def finalize_options(self):
+        """Tell setuptools that the wheel is not pure."""
+        super().finalize_options()
+        self.root_is_pure = not (compiler() and headers())
+
+    def get_tag(self):
+        """py3-none-platform."""
+        python, abi, plat = super().get_tag()
+        return ("py3", "none", "any" if self.root_is_pure else plat)
+
+
+setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPython})
