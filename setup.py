@@ -15,7 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -90,15 +90,17 @@ class BuildWithKernels(build_py):
 class AnyPython(bdist_wheel):
     """The wheel is for any Python 3, and for one platform where it holds the kernels."""
 
-    def finalize_options(self):
-        """Tell setuptools that the wheel is not pure."""
-        super().finalize_options()
-        self.root_is_pure = not (compiler() and headers())
-
     def get_tag(self):
         """py3-none-platform."""
-        python, abi, plat = super().get_tag()
-        return ("py3", "none", "any" if self.root_is_pure else plat)
+        return ("py3", "none", super().get_tag()[2])
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPython})
+class WithObject(Distribution):
+    """What decides whether the wheel is for one platform."""
+
+    def has_ext_modules(self):
+        """Whether the shared object will be in it."""
+        return bool(compiler() and headers())
+
+
+setup(distclass=WithObject, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": AnyPython})

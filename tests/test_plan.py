@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import normscope as ns
-from normscope.kernels import eager
+from normscope.kernels import cpu, eager
 
 
 class Traffic(TorchDispatchMode):
@@ -40,7 +40,12 @@ def traffic(shape, scope, **sizes):
     return forward.passes, backward.passes
 
 
-def test_bytes_moved_are_counted_not_guessed():
+@pytest.fixture
+def eager_only(monkeypatch):
+    monkeypatch.setattr(cpu, "missing", lambda: "switched off by a test")
+
+
+def test_bytes_moved_are_counted_not_guessed(eager_only):
     shape = (4, 6, 5, 5)
     assert traffic(shape, "[n] c [h w]") == eager.PASSES
     plan = ns.plan(torch.zeros(shape), "[n] c [h w]")
@@ -67,11 +72,25 @@ def test_plan_of_a_tensor(x, scope, sizes, order, integers):
     plan = ns.plan(x, scope, **sizes)
     assert plan.order == order
     assert plan.integers == integers
-    assert plan.kernel.startswith("eager")
+    assert plan.kernel.startswith("eager" if order == "strided" or cpu.missing() else "cpu")
     assert all(line in str(plan) for line in (f"{plan.sets} (one per", f"of {plan.cells} cells", order))
 
 
 def test_backends_say_what_runs_here():
     backends = ns.backends()
-    assert [backend.name for backend in backends.usable()] == ["eager"]
+    assert [backend.name for backend in backends.usable()] == ["cpu"] * (cpu.missing() is None) + ["eager"]
     assert "torch operators" in str(backends)
+
+
+def test_backends_say_why_the_compiled_kernels_are_missing(eager_only):
+    assert str(ns.backends()).startswith("missing  cpu      cpu    switched off by a test")
+
+
+def test_a_set_that_exceeds_the_cache_is_read_twice():
+    fits, exceeds = (torch.zeros(n, 64, 8, 8).to(memory_format=torch.channels_last) for n in (4, 512))
+    floor = (2 * fits.numel() * 4, 3 * fits.numel() * 4)
+    plan = ns.plan(fits, "[n] c [h w]")
+    if cpu.missing() is None:
+        assert (plan.bytes_forward, plan.bytes_backward) == floor
+        plan = ns.plan(exceeds, "[n] c [h w]")
+        assert (plan.bytes_forward, plan.bytes_backward) == (3 * exceeds.numel() * 4, 5 * exceeds.numel() * 4)

@@ -450,6 +450,14 @@ def test_a_last_batch_of_one_sample_is_left_out():
     assert report.notes[1].startswith("1 batches left out")
 
 
+def test_a_batch_left_out_counts_in_no_layer():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3))
+    batches = draw((4, 3, 5, 5), (1, 3, 5, 5))  # of one sample the first layer could make something
+    recalibrate(model, batches)
+    close(model[0], oracle(batches[:1], "population"))
+    assert model[0].num_batches_tracked == 1
+
+
 # --- faults -------------------------------------------------------------------------------------------------------
 
 

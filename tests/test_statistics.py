@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from normscope.statistics import (
+    _corrected,
     benjamini_hochberg,
     bootstrap_difference,
     empirical_p,
@@ -38,6 +39,13 @@ def test_bca_differs_from_percentile_on_skewed_data_only():
     even = np.r_[A, -A]
     low = [bootstrap_difference(even, np.zeros(80), method=method).low for method in ("percentile", "bca")]
     assert low[1] == pytest.approx(low[0], rel=0.05)
+
+
+def test_bca_corrects_for_bias_by_twice_z0():
+    # No skewness, 80 % of the means below the estimate: Φ(2·z₀ + z), Efron 1987, eq. 2.3 with a = 0.
+    means, tails = np.arange(10.0), np.array([0.025, 0.975])
+    expected = stats.norm.cdf(2 * stats.norm.ppf(0.8) + stats.norm.ppf(tails))
+    assert _corrected(tails, means, np.array([-1.0, 1.0]), 7.5) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("method", ["percentile", "bca"])

@@ -64,7 +64,7 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(5, 4, sparse=True)
         self.register_buffer("nan", torch.tensor([float("nan"), -0.0]))
         self.register_buffer("view", self.nan[1:], persistent=False)
-        self.cache, self.generator, self.limit = torch.zeros(3), torch.Generator(), float("nan")
+        self.cache, self.generator, self.limit = torch.rand(3), torch.Generator(), float("nan")
         self.names, self.queue = {"a"}, collections.deque([torch.ones(2)], maxlen=3)
 
     def forward(self, x):
@@ -82,8 +82,7 @@ def net():
         p.data.add_(0.1 * torch.randn_like(p))
     outputs, _ = model(X)
     (outputs * torch.randn_like(outputs)).sum().backward()
-    nn.functional.embedding(torch.tensor([1, 3]), model.embedding.weight, sparse=True).sum().backward
-    model.embedding.weight.grad = torch.sparse_coo_tensor([[1, 3]], torch.randn(2, 4), (5, 4))
+    model.embedding.weight.grad = torch.sparse_coo_tensor([[1, 3]], torch.randn(2, 4), (5, 4), check_invariants=True)
     model.conv.weight.requires_grad_(False)
     model.mine.eval()
     for register in (model.norm.register_forward_hook, model.norm.register_full_backward_hook):
@@ -155,7 +154,8 @@ def test_finds_every_family_and_says_what_it_does_not_know():
         pass
 
     model = nn.Sequential(
-        nn.BatchNorm3d(3), nn.SyncBatchNorm(3), nn.LazyBatchNorm1d(), nn.InstanceNorm1d(3), LayerNorm2d(3), nn.RMSNorm(3),
+        nn.BatchNorm3d(3), nn.SyncBatchNorm(3), nn.LazyBatchNorm1d(), nn.InstanceNorm1d(3), LayerNorm2d(3),
+        nn.RMSNorm(3),
         nn.LocalResponseNorm(3), ns.nn.Norm("... [c]", 3), ns.nn.GroupNorm(1, 3), FancyNorm(), PreNorm(), Standardize(),
         nn.Identity(),
     )  # fmt: skip
@@ -205,6 +205,13 @@ def test_trace_gives_the_order_of_calls_and_restores():
     assert state_hash(model, rng=True) == before
 
 
+def test_trace_sees_into_compiled_code():
+    compiled = torch.compile(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval(), backend="eager")
+    with torch.no_grad():
+        compiled(X)
+    assert [call.name for call in trace(compiled, X)] == ["_orig_mod.0"]
+
+
 # --- snapshot and hash --------------------------------------------------------------------------------------------
 
 MUTATIONS = {
@@ -231,7 +238,7 @@ MUTATIONS = {
     "an attribute's type": lambda m: setattr(m.norm, "momentum", None),
     "an attribute new": lambda m: setattr(m, "flag", 1),
     "an attribute gone": lambda m: delattr(m.mine, "tag"),
-    "attributes reordered": lambda m: vars(m.mine).update(tag=vars(m.mine).pop("tag")),
+    "attributes reordered": lambda m: vars(m.mine).update(eps=vars(m.mine).pop("eps")),
     "a hook new": lambda m: m.conv.register_forward_pre_hook(noop),
     "hooks gone": lambda m: m.norm._forward_hooks.clear(),
     "a state-dict hook": lambda m: m.register_state_dict_post_hook(noop),
@@ -328,7 +335,7 @@ def test_meta_models_can_be_kept():
 
 @pytest.mark.skipif(os.name == "nt", reason="os.kill is no Ctrl-C there")
 def test_ctrl_c_waits_for_the_restoration():
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
         with surgery.state.uninterrupted():
             os.kill(os.getpid(), signal.SIGINT)
             finished = True
@@ -502,14 +509,12 @@ def convert(model, **options):
 
 
 def test_replacing_loses_nothing_and_undo_brings_back_every_bit():
-    model = net()
-    old, before, shot = model.norm, state_hash(model), photograph(model)
-    seen = []
+    model, seen = net(), []
+    old = model.norm
     handle = old.register_forward_hook(lambda module, *_: seen.append(module))
     old.register_load_state_dict_pre_hook(noop)
     old.color, old.weight.no_decay = "red", True
     old.eval()
-    before, shot = state_hash(model), photograph(model)
     keys, optimizer = list(model.state_dict()), torch.optim.SGD(model.parameters(), lr=0.1)
     report = convert(model, proof=Proof(X))
     new = model.norm
@@ -531,11 +536,9 @@ def test_replacing_loses_nothing_and_undo_brings_back_every_bit():
     assert next(iter(new._load_state_dict_pre_hooks.values())).hook is noop
     model.load_state_dict(model.state_dict())
     report.undo()
-    model.zero_grad(set_to_none=False)
     assert model.norm is old
     handle.remove()
     assert len(old._forward_hooks) == 1
-    del shot, before
 
 
 def test_undo_of_a_replacement_is_bit_identical():
@@ -582,6 +585,12 @@ def test_new_parameters_take_device_and_dtype_and_old_ones_can_be_left_out():
     assert report.model(X[:, :1].expand(4, 4, 6, 6).double()).shape == (4, 4, 6, 6)
 
 
+def test_parameters_of_the_new_module_alone_take_the_old_dtype():
+    model = nn.Sequential(nn.BatchNorm2d(4)).double()
+    exchange("convert", model, lambda found: MyBatchNorm(4))
+    assert model[0].gain.dtype == torch.float64
+
+
 def test_modules_that_cannot_be_replaced_are_named():
     overridden, lazy, parametrized = nn.BatchNorm2d(4), nn.LazyBatchNorm2d(), nn.BatchNorm2d(4)
     overridden.forward = noop
@@ -620,6 +629,8 @@ def test_a_change_in_training_alone_is_refused():
     with pytest.raises(ns.NormscopeError, match="in training mode: output 0 differs by"):
         operate("edit", model, edit, proof=Proof(X))
     assert model[0].p == 0.5
+    # Random numbers drawn by the edit do not matter.
+    operate("edit", model, lambda draft: torch.rand(3), proof=Proof(X))
     # A batch that training cannot normalize proves evaluation alone.
     single = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(108))
     report = operate("edit", single, lambda draft: None, proof=Proof(X[:1]))
@@ -721,7 +732,6 @@ def test_keep_float32(name, dtype):
     model = nn.Sequential(nn.Identity(), NORMS[name](), nn.Conv2d(3, 2, 1))
     model[1].weight.data.copy_(torch.rand_like(model[1].weight) + 1e-4)
     exact, weight = copy.deepcopy(model[1]), model[1].weight
-    before = state_hash(model)
     report = keep_float32(model)
     model.to(dtype)
     assert {t.dtype for t in model[1].parameters()} == {torch.float32}
@@ -740,7 +750,6 @@ def test_keep_float32(name, dtype):
     model.float().zero_grad()
     report.undo()
     assert type(model[1]) is type(exact)
-    assert before
 
 
 def test_keep_float32_after_the_conversion_and_its_undo():
@@ -768,7 +777,7 @@ def test_keep_float32_is_one_node_for_fx_and_compiles():
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
-def biased(*, drop=True):
+def biased():
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 4, 3), ns.nn.BatchNorm2d(4),
         nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4), nn.Flatten(),
@@ -783,7 +792,6 @@ def test_absorb_bias_keeps_the_function_in_both_modes(drop):
         p.data = torch.randn_like(p)
     model(X)
     other = copy.deepcopy(model)
-    before = state_hash(model)
     report = absorb_bias(model, [X], drop=drop)
     assert report.changed == ("0", "3", "7", "10")
     assert "same output" in report.notes[0]
@@ -795,7 +803,6 @@ def test_absorb_bias_keeps_the_function_in_both_modes(drop):
         # The running means went on together: evaluation agrees after a step, too.
         torch.testing.assert_close(model.eval()(X + 1), other.eval()(X + 1), rtol=1e-3, atol=1e-4)
     assert absorb_bias(model, X).changed == (() if drop else report.changed)
-    assert before
 
 
 def test_absorb_bias_and_undo():
@@ -852,12 +859,11 @@ def test_absorb_bias_leaves_shared_and_unlike_biases():
 
 
 def test_absorb_bias_that_proves_wrong_changes_nothing():
-    class Sly(torch.autograd.Function):  # a use that no function mode sees
-        @staticmethod
-        def forward(ctx, y):
+    def sly(y, z):  # a use that no function mode sees
+        with torch._C.DisableTorchFunction():
             return y * 2
 
-    model = Branch(lambda y, z: Sly.apply(y))
+    model = Branch(sly)
     before = state_hash(model, rng=True)
     with pytest.raises(ns.NormscopeError, match="absorb_bias would change what the model computes"):
         absorb_bias(model, X)
@@ -880,13 +886,14 @@ def test_a_report_is_a_short_table():
         report.changed = ()
 
 
+SOURCE = Net()
 EDITS = {
     "freeze": lambda m: freeze(m, affine=True),
     "unfreeze": unfreeze,
     "convert": lambda m: convert(m, proof=Proof(X)),
     "keep_float32": keep_float32,
     "set_momentum": lambda m: set_momentum(m, 0.3),
-    "copy_buffers": lambda m: copy_buffers(m, Net()),
+    "copy_buffers": lambda m: copy_buffers(m, SOURCE),
     "absorb_bias": lambda m: absorb_bias(m, X),
     "recalibrate": lambda m: recalibrate(m, [X, X], select=["norm", "mine"]),
 }
@@ -931,9 +938,10 @@ def test_an_interrupt_at_any_line_leaves_no_trace(name):
         freeze(model)
     before = state_hash(model, rng=True)
     line, step = 0, 1
+    EDITS[name](copy.deepcopy(model))  # what is imported and made once has its interrupts elsewhere
     while interrupted_at(line, lambda: EDITS[name](model)):
         assert state_hash(model, rng=True) == before, f"line {line}"
         line += step
-        step = 1 if line < 100 else 7  # the passes are long and alike
+        step = 1 if line < 60 else 19  # the passes are long and alike
     assert line > 30
     assert state_hash(model) != before

@@ -21,12 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-with warnings.catch_warnings():
-    # The import pulls in every framework that torch tests with, among them deprecated ones; none of it is ours.
-    warnings.simplefilter("ignore")
-    from torch.testing._internal.common_methods_invocations import op_db
-    from torch.testing._internal.common_modules import module_db
-
 FUNCTIONS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 LAYERS = (
     *(f"{kind}{d}d" for kind in ("BatchNorm", "InstanceNorm") for d in (1, 2, 3)),
@@ -35,13 +29,30 @@ LAYERS = (
     "RMSNorm",
 )
 LAZY = tuple(f"Lazy{name}" for name in LAYERS if name[-1] == "d")
-OPS = {op.name: op for op in op_db if not op.variant_test_name}
-MODULES = {info.module_cls.__name__: info for info in module_db}
 BUFFERS = ("running_mean", "running_var")
 
 # A sum of M rounded terms in any order errs by about √M ulp of the largest term; the sums of a sample's statistics,
 # gradients and the few products around them are worth eight of those together.
 ROUNDINGS = 8
+
+
+@functools.cache
+def op_infos() -> dict[str, Any]:
+    """Torch's records of its operators by name; the import takes five seconds, so only those pay who ask."""
+    with warnings.catch_warnings():
+        # The import pulls in every framework that torch tests with, among them deprecated ones; none of it is ours.
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_methods_invocations import op_db
+    return {op.name: op for op in op_db if not op.variant_test_name}
+
+
+@functools.cache
+def module_infos() -> dict[str, Any]:
+    """Torch's records of its layers by the class's name."""
+    op_infos()
+    from torch.testing._internal.common_modules import module_db
+
+    return {info.module_cls.__name__: info for info in module_db}
 
 
 def eps_of(dtype: torch.dtype) -> float:
@@ -122,6 +133,11 @@ class Call:
         return {name: change(value) for name, value in self.arguments.items()}
 
     @property
+    def kind(self) -> str:
+        """The label without the index: torch draws some of its samples several times."""
+        return self.label.partition("-")[2]
+
+    @property
     def differentiable(self) -> list[str]:
         """The arguments that torch differentiates: all floating ones but the running statistics."""
         return [n for n, v in self.arguments.items() if isinstance(v, Tensor) and v.requires_grad]
@@ -136,7 +152,7 @@ class Call:
 @functools.cache
 def samples(function: str, dtype: torch.dtype, *, reference: bool = True) -> tuple[Call, ...]:
     """Torch's samples for a function; `reference` adds the larger ones that it keeps for comparisons of values."""
-    op = OPS[f"nn.functional.{function}"]
+    op = op_infos()[f"nn.functional.{function}"]
     signature = inspect.signature(getattr(F, function))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20)
@@ -187,11 +203,19 @@ def evaluate(
     """The output, the gradient of every argument that wants one, and all tensors after the call (mutation shows)."""
     y = function(**arguments)
     wanted = {n: v for n, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad}
-    grads = torch.autograd.grad(y, list(wanted.values()), random_like(y, seed, rounded), allow_unused=True)
+    grads = backward(y, list(wanted.values()), random_like(y, seed, rounded))
     result: dict[str, Any] = {"output": y.detach()}
     result |= {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
     result |= {f"{name} after the call": v.detach() for name, v in arguments.items() if isinstance(v, Tensor)}
     return result
+
+
+def backward(y: Tensor, wanted: list[Tensor], upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients; a backward pass that writes into the gradient it is given would spoil that of its siblings."""
+    before = upstream.clone()
+    grads = torch.autograd.grad(y, wanted, upstream, allow_unused=True)
+    assert torch.equal(upstream, before), "the backward pass changed the upstream gradient"
+    return grads
 
 
 def variance(function: str, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -275,7 +299,7 @@ def randomized(layer: nn.Module, seed: int) -> nn.Module:
 @functools.cache
 def layer_cases(layer: str, dtype: torch.dtype) -> tuple[LayerCase, ...]:
     lazy = layer.startswith("Lazy")
-    info = MODULES[layer.removeprefix("Lazy")]
+    info = module_infos()[layer.removeprefix("Lazy")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(30)
         drawn = info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=True)
@@ -325,7 +349,8 @@ def step(layer: nn.Module, x: Tensor, seed: int, rounded: torch.dtype | None = N
     y = layer(x, **extra)
     result: dict[str, Any] = {"output": y.detach()}
     parameters = dict(layer.named_parameters())
-    grads = torch.autograd.grad(y, [x, *parameters.values()], random_like(y, seed, rounded), allow_unused=True)
+    grads = backward(y, [x, *parameters.values()], random_like(y, seed, rounded))
+    result["input after the call"] = x.detach()
     result |= {f"gradient of {n}": grad for n, grad in zip(("input", *parameters), grads, strict=True)}
     return result | {f"{n} after the call": t.detach().clone() for n, t in layer.state_dict().items()}
 

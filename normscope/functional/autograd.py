@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normscope.kernels import COMPUTE_DTYPE, cpu, eager
-from normscope.kernels.activations import ACTIVATIONS
 from normscope.kernels.formula import Formula
 
-__all__ = ["Operands", "normalize_parts"]
+__all__ = ["Operands", "normalize_parts", "serving_layout"]
 
 
 class Operands(NamedTuple):
@@ -115,8 +114,12 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * (1 + len(Operands._fields))
-        operands, needs = Operands(*ctx.saved_tensors[:7]), Operands(*ctx.needs_input_grad[1:])
-        stats = None if torch.is_grad_enabled() else eager.Statistics(*ctx.saved_tensors[7:])
+        saved, needs = (
+            ctx.saved_tensors,
+            Operands(*ctx.needs_input_grad[1:]),
+        )  # unpacked once: checkpoints allow no more
+        operands = Operands(*saved[:7])
+        stats = None if torch.is_grad_enabled() else eager.Statistics(*saved[7:])
         return None, *_gradients(grads[0], operands, stats, ctx.formula, needs)
 
 
@@ -138,7 +141,8 @@ class _Compiled(torch.autograd.Function):
         gy, needs = grads[0], Operands(*ctx.needs_input_grad[2:])
         if gy is None:
             return (None,) * (2 + len(Operands._fields))
-        o, statistics = Operands(*ctx.saved_tensors[:7]), ctx.saved_tensors[7]
+        *tensors, statistics = ctx.saved_tensors  # unpacked once: checkpoints allow no more
+        o = Operands(*tensors)
         if torch.is_grad_enabled():  # under create_graph the gradient itself must be differentiable
             return None, None, *_gradients(gy, o, None, ctx.formula, needs)
         shape, params = o.x.shape, ctx.layout.params
@@ -158,16 +162,17 @@ class _Compiled(torch.autograd.Function):
 
 def _compiled_layout(o: Operands, formula: Formula) -> cpu.Layout | None:
     """How the compiled kernels would see the operands, or None where they do not serve them."""
-    if o.x.device.type != "cpu" or o.x.dtype not in _COMPILED_DTYPES or o.mask is not None or o.x.numel() == 0:
-        return None
-    if any(t is not None and t.requires_grad for t in (o.mean, o.var)) or cpu.missing() is not None:
+    if o.mask is not None or any(t is not None and t.requires_grad for t in (o.mean, o.var)):
         return None
     params = [t for t in (o.weight, o.bias) if t is not None]
-    varies = tuple(any(t.shape[i] != 1 for t in params) for i in range(o.x.dim()))
-    return cpu.layout_of(tuple(o.x.shape), o.x.stride(), formula.inside, varies)
+    return serving_layout(o.x, formula.inside, tuple(any(t.shape[i] != 1 for t in params) for i in range(o.x.dim())))
 
 
-_COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+def serving_layout(x: Tensor, inside: tuple[int, ...], varies: tuple[bool, ...]) -> cpu.Layout | None:
+    """How the compiled kernels see a tensor, or None where the eager ones serve it."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or x.numel() == 0:
+        return None
+    return None if cpu.missing() else cpu.layout_of(tuple(x.shape), x.stride(), inside, varies)
 
 
 def _compiled(operands: Operands, formula: Formula, layout: cpu.Layout, learns: bool) -> tuple[Tensor, Tensor, Tensor]:

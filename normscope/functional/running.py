@@ -12,7 +12,6 @@ from normscope.kernels.formula import Formula
 __all__ = ["update_running"]
 
 
-@torch.no_grad()
 def update_running(
     running: tuple[Tensor | None, Tensor | None],
     moments: tuple[Tensor, Tensor],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["COMPUTE_DTYPE", "Backend", "Backends", "backends", "choose"]
+__all__ = ["COMPUTE_DTYPE", "Backend", "Backends", "backends"]
 
 # Statistics and arithmetic are in float32 or wider, whatever x is stored in.
 COMPUTE_DTYPE = {
@@ -62,11 +62,12 @@ def backends() -> Backends:
     Example:
         >>> import normscope as ns
         >>> print(ns.backends())
+        usable   cpu      cpu    compiled loops (...), float32 and bfloat16, dense tensors without a mask
         usable   eager    any    torch operators, every dtype, layout and transformation
     """
-    return Backends([_EAGER])
+    from normscope.kernels import cpu
 
-
-def choose(device: str) -> Backend:
-    """The fastest backend that serves a device."""
-    return next(backend for backend in backends().usable() if backend.devices in ("any", device))
+    missing = cpu.missing()
+    serves = "float32 and bfloat16, dense tensors without a mask"
+    reason = f"compiled loops ({cpu.isa()}), {serves}" if missing is None else missing
+    return Backends([Backend("cpu", missing is None, "cpu", reason), _EAGER])

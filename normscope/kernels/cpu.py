@@ -17,29 +17,11 @@ from torch import Tensor
 
 from normscope.kernels.formula import Formula
 
-__all__ = ["FUSED", "Layout", "backward", "forward", "isa", "layout_of", "missing"]
+__all__ = ["FUSED", "Layout", "backward", "forward", "isa", "layout_of", "missing", "passes"]
 
 # The activations by their number in the kernels' table.
-FUSED = {
-    name: number
-    for number, name in enumerate(
-        (
-            None,
-            "relu",
-            "relu6",
-            "leaky_relu",
-            "elu",
-            "silu",
-            "gelu",
-            "gelu_tanh",
-            "mish",
-            "sigmoid",
-            "tanh",
-            "hardswish",
-            "hardsigmoid",
-        )  # fmt: skip
-    )
-}
+_TABLE = "relu relu6 leaky_relu elu silu gelu gelu_tanh mish sigmoid tanh hardswish hardsigmoid"
+FUSED: dict[str | None, int] = {None: 0} | {name: number for number, name in enumerate(_TABLE.split(), 1)}
 
 # Runs inside S that are shorter are columns of an across loop, folded into their sets: a 7×7 map along its 49 cells ran
 # at 0.12 of the copy, as columns at 0.2 to 0.7.
@@ -57,7 +39,7 @@ def missing() -> str | None:
     if not _LIBRARY.exists():
         return "not compiled: install torch and a C++20 compiler (g++), then reinstall normscope"
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"built for another torch ({error}): reinstall normscope"
     return None
@@ -66,6 +48,11 @@ def missing() -> str | None:
 def isa() -> str:
     """The instruction set that the kernels use; the environment variable NORMSCOPE_ISA forces one."""
     return _INSTRUCTION_SETS[torch.ops.normscope.isa()]
+
+
+def passes(layout: Layout) -> tuple[int, int]:
+    """How often the kernels read or write the whole tensor, forward and backward."""
+    return (2, 3) if torch.ops.normscope.fused(layout.plan) else (3, 5)
 
 
 class Layout(NamedTuple):

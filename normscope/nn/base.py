@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -76,6 +77,10 @@ def normalizes(forward: Forward) -> Forward:
             tracer = cast(fx.Tracer, input.tracer)
             leaf = tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
             return cast(Tensor, leaf)
+        if torch._C._get_tracing_state() is not None:  # sizes are traced too; checks on them are no news to the user
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)
+                return forward(self, input, *args, **kwargs)
         try:
             return forward(self, input, *args, **kwargs)
         except NormscopeError as error:

@@ -19,10 +19,7 @@ namespace {
 
 constexpr int64_t kSegment = 2048;    // cells per inner loop: 8 KB, three of them in L1
 constexpr int64_t kBlockRows = 128;   // rows of an across block that are summed in float
-constexpr int64_t kTile = 512;        // columns of an across tile
 constexpr int kLanes = 32;
-constexpr int64_t kFused = 1 << 18;   // cells of a slab (1 MB) that stay in cache between its two sweeps
-constexpr int64_t kGrain = 1 << 15;   // cells below which a second thread costs more than it brings
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -205,9 +202,9 @@ struct Along {
 
 // Runs body(task, block) so that a task whose slab stays in cache is finished by one thread, and a large one is shared.
 template <class Statistics, class Finish, class Apply>
-void sweep(int64_t tasks, int64_t blocks, int64_t cells, bool statistics, Statistics& stat, Finish& finish, Apply& apply) {
-  const bool fused = cells <= kFused && (tasks >= 8 || cells * tasks <= kGrain);
-  if (fused) {
+void sweep(const Plan& p, int64_t tasks, int64_t blocks, int64_t cells, bool statistics, Statistics& stat,
+           Finish& finish, Apply& apply) {
+  if (p.fused(tasks, cells)) {
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         if (statistics)
@@ -326,7 +323,7 @@ void forward_along(const Forward& f) {
       store(y + offset, z, n);
     });
   };
-  sweep(tasks, along.blocks, cells, !f.given, statistics, finish, apply);
+  sweep(p, tasks, along.blocks, cells, !f.given, statistics, finish, apply);
 }
 
 // The gradient of z in g, and x, of n cells; z is recomputed where the activation needs it.
@@ -495,8 +492,8 @@ void backward_along(const Backward& f) {
   const bool second = dx || f.dresidual;
   auto nothing = [](int64_t, int64_t) {};
   if (group == 1) {
-    if (second) sweep(tasks, along.blocks, cells, true, reduce, finish, apply);
-    else sweep(tasks, along.blocks, cells, true, reduce, finish, nothing);
+    if (second) sweep(p, tasks, along.blocks, cells, true, reduce, finish, apply);
+    else sweep(p, tasks, along.blocks, cells, true, reduce, finish, nothing);
   } else {  // whole groups, so that two threads never add to one accumulator
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t t = begin * group; t < std::min(tasks, end * group); ++t) {
@@ -515,8 +512,7 @@ void backward_along(const Backward& f) {
 struct Across {
   const Plan& p;
   int64_t rows = p.row_count();
-  int64_t tile = std::min(p.length, std::max(kTile / p.fold, int64_t{1}) * p.fold);
-  int64_t tiles = (p.length + tile - 1) / tile, blocks = (rows + kBlockRows - 1) / kBlockRows;
+  int64_t tile = p.tile(), tiles = p.tiles(), blocks = (rows + kBlockRows - 1) / kBlockRows;
   int64_t units = p.task_count() * tiles;  // independent slabs: a task's columns, tile by tile
 
   int64_t first(int64_t u) const { return (u % tiles) * tile; }
@@ -670,7 +666,7 @@ void forward_across(const Forward& f) {
       store(y + offset, z, n);
     });
   };
-  sweep(a.units, a.blocks, a.rows * a.tile, !f.given, statistics, finish, apply);
+  sweep(p, a.units, a.blocks, a.rows * a.tile, !f.given, statistics, finish, apply);
 }
 
 template <class T>
@@ -785,7 +781,7 @@ void backward_across(const Backward& f) {
       store(dx + offset, to, n);
     });
   };
-  sweep(a.units, a.blocks, a.rows * a.tile, true, reduce, finish, apply);
+  sweep(p, a.units, a.blocks, a.rows * a.tile, true, reduce, finish, apply);
   const int64_t per_slab = row ? a.blocks : 1;
   sums.into(f, param_count(p), [&](int64_t unit) { return p.task(unit / per_slab / a.tiles).param; });
 }

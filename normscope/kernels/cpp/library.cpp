@@ -103,6 +103,8 @@ int64_t params(const Plan& p) {
   return last + 1;
 }
 
+bool fused(std::vector<int64_t> plan) { return read_plan(plan).fused(); }
+
 void check(const Plan& p, const Tensor& x) {
   STD_TORCH_CHECK(p.task_count() * p.row_count() * p.length == x.numel() && x.numel() > 0, "the plan does not match x");
 }
@@ -151,6 +153,7 @@ STABLE_TORCH_LIBRARY(normscope, m) {
       "backward(Tensor gy, Tensor x, Tensor? residual, Tensor(a!)? dx, Tensor(b!)? dresidual, Tensor? weight, Tensor? bias, "
       "Tensor statistics, Tensor(c!)? dweight, Tensor(d!)? dbias, int[] plan, bool fixed, bool center, bool scale, "
       "int activation) -> ()");
+  m.def("fused(int[] plan) -> bool");
   m.def("isa() -> int");
 }
 
@@ -160,5 +163,6 @@ STABLE_TORCH_LIBRARY_IMPL(normscope, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(normscope, CompositeExplicitAutograd, m) {
+  m.impl("fused", TORCH_BOX(&normscope::fused));
   m.impl("isa", TORCH_BOX(&normscope::isa_level));
 }

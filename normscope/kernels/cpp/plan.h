@@ -17,6 +17,8 @@ struct Axis {
   int64_t size, stride, param;  // stride in elements of x, param in elements of weight
 };
 
+constexpr int64_t kGrain = 1 << 15;  // cells below which a second thread costs more than it brings
+
 struct Plan {
   bool across;
   int64_t length;
@@ -46,6 +48,17 @@ struct Plan {
     last += across ? (length / fold - 1) * param_outer + (fold - 1) * param_inner : (length - 1) * param_inner;
     return last + 1;
   }
+  // Whether a slab, the cells that one thread sweeps twice, stays in its cache in between (1 MB): memory is then read
+  // once. Few large slabs are shared among the threads instead.
+  bool fused(int64_t slabs, int64_t slab_cells) const {
+    return slab_cells <= (1 << 18) && (slabs >= 8 || slab_cells * slabs <= kGrain);
+  }
+  bool fused() const { return across ? fused(task_count() * tiles(), row_count() * tile()) : fused(task_count(), cells()); }
+  int64_t tile() const {  // columns that are swept together
+    const int64_t whole_sets = (512 / fold > 1 ? 512 / fold : 1) * fold;
+    return length < whole_sets ? length : whole_sets;
+  }
+  int64_t tiles() const { return (length + tile() - 1) / tile(); }
   bool tasks_share_params() const { return !(tasks[0].param || tasks[1].param || tasks[2].param); }
 };
 
