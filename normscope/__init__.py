@@ -9,10 +9,12 @@ from normscope.errors import (
     DtypeError,
     NormscopeError,
     NotationError,
+    ProofError,
     ShapeError,
 )
 from normscope.functional.normalize import Moments, moments, normalize, plan
 from normscope.kernels import backends
+from normscope.surgery import freeze, recalibrate, unfreeze
 
 __version__ = "0.1.0"
 
@@ -25,12 +27,16 @@ __all__ = [
     "Moments",
     "NormscopeError",
     "NotationError",
+    "ProofError",
     "ShapeError",
     "__version__",
     "backends",
+    "freeze",
     "functional",
     "moments",
     "nn",
     "normalize",
     "plan",
+    "recalibrate",
+    "unfreeze",
 ]

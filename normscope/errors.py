@@ -6,6 +6,7 @@
     ├── DegenerateScopeError  (ValueError)                one cell per set: x − μ would be zero everywhere
     ├── ArgumentError         (ValueError)                an option outside its range
     ├── DtypeError            (TypeError, NotImplementedError)  a tensor of the wrong kind of number
+    ├── ProofError            (RuntimeError)              an edit of a model that did not keep its function
     ├── DataError             (RuntimeError)              a data set that is absent or damaged
     └── DependencyError       (ImportError)               an optional package that is not installed
 
@@ -22,6 +23,7 @@ __all__ = [
     "DtypeError",
     "NormscopeError",
     "NotationError",
+    "ProofError",
     "ShapeError",
 ]
 
@@ -71,6 +73,10 @@ class ArgumentError(NormscopeError, ValueError):
 
 class DtypeError(NormscopeError, TypeError, NotImplementedError):
     """A tensor holds a kind of number that cannot be normalized."""
+
+
+class ProofError(NormscopeError, RuntimeError):
+    """An edit that claims to keep a model's function changed it, and was undone."""
 
 
 class DataError(NormscopeError, RuntimeError):

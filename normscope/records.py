@@ -494,3 +494,47 @@ __all__ += [
     "Treatment",
     "Verdict",
 ]
+
+
+# --- the second half of the demo ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """A model broken on purpose the way people break theirs, and what the doctor made of it.
+
+    Attributes:
+        name: What was done wrong, in a few words.
+        story: The same in sentences.
+        ill: Accuracy in evaluation on samples that neither check nor fix saw, before.
+        cured: The same after the fix.
+        trained: The same of the model whose weights these are, before it was broken.
+    """
+
+    name: str
+    story: str
+    trained: Interval
+    ill: Interval
+    cured: Interval
+    check: CheckRecord
+    fix: FixRecord
+
+    @property
+    def title(self) -> str:
+        """The name with a capital."""
+        return f"{self.name[:1].upper()}{self.name[1:]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Clinic:
+    """The record of the second half of `normscope demo`: models that go wrong, diagnosed and repaired."""
+
+    data: DataCard
+    settings: tuple[tuple[str, str], ...]
+    patients: tuple[Patient, ...]
+    lessons: tuple[str, ...]
+    seed: int
+    seconds: float
+
+
+__all__ += ["Clinic", "Patient"]

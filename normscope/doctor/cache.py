@@ -20,11 +20,13 @@ from torch.utils import _pytree as pytree
 
 from normscope.errors import ArgumentError, DataError
 
-__all__ = ["Batch", "Cache", "LoaderFacts", "Splits", "generators", "read", "regroup", "split"]
+__all__ = ["Batch", "Cache", "LoaderFacts", "Splits", "few_of", "generators", "read", "regroup", "split"]
 
-# A: 96 batches make three splits of 32, the depth at which the null distributions of the rules are smooth.
+# 96 batches make three splits of 32, the depth at which null distributions are smooth; of small batches more are kept,
+# because costs are measured by samples.
 MOST_BATCHES = 96
-MOST_BYTES = 128 << 20
+MOST_SAMPLES = 3072
+MOST_BYTES = 96 << 20
 # An endless loader ends here; a finite one rarely is longer than this many batches per epoch.
 MOST_READ = 4096
 FEWEST = 6
@@ -131,6 +133,8 @@ class _Reader:
     """The state of reading."""
 
     kept: list[Batch] = field(default_factory=list)
+    bytes: int = 0
+    samples: int = 0
     step: int = 1
     read: int = 0
     odd: int = 0
@@ -145,12 +149,16 @@ class _Reader:
         if shape != self.shape:
             self.odd += 1
         elif self.read % self.step == 0:
-            self.kept.append(Batch(self.read, own(data), self.last))
+            self._keep(Batch(self.read, own(data), self.last))
         self.read += 1
-        full = len(self.kept) > MOST_BATCHES
-        heavy = len(self.kept) > FEWEST and sum(batch.bytes for batch in self.kept) > MOST_BYTES
-        if full or heavy:
+
+    def _keep(self, batch: Batch) -> None:
+        self.kept.append(batch)
+        self.bytes, self.samples = self.bytes + batch.bytes, self.samples + batch.size
+        full = len(self.kept) > MOST_BATCHES and self.samples > MOST_SAMPLES
+        if full or (len(self.kept) > FEWEST and self.bytes > MOST_BYTES):
             self.kept, self.step = self.kept[::2], self.step * 2
+            self.bytes, self.samples = (sum(getattr(b, name) for b in self.kept) for name in ("bytes", "size"))
 
 
 def read(loader: Iterable[Any], seconds: float) -> Cache:
@@ -186,8 +194,10 @@ def read(loader: Iterable[Any], seconds: float) -> Cache:
         raise DataError("the loader is empty", cure="pass one that yields batches; a generator can be read only once")
     if reader.odd:
         notes.append(f"{reader.odd} of {reader.read} batches have another structure than the first and were left out")
-    if not ended and not notes:
+    if not ended and not any("raised" in note for note in notes):
         notes.append(f"{reader.read} batches were read; the loader has more")
+    if reader.step > 1:
+        notes.append(f"{len(reader.kept)} of {reader.read} batches were kept, evenly spread")
     return Cache(tuple(reader.kept), _facts(loader, reader, ended), tuple(notes))
 
 
@@ -249,6 +259,13 @@ def regroup(data: Any, size: int, order: list[int]) -> Any:
         return value
 
     return pytree.tree_map(leaf, data)
+
+
+def few_of(batch: Batch, most: int = 8) -> Batch:
+    """The first samples of a batch, for questions that need no more."""
+    if batch.size <= most:
+        return batch
+    return Batch(batch.index, regroup(batch.data, batch.size, list(range(most))), most)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from normscope import statistics
 from normscope.doctor.measurements import Array, Drift, Effect, Grade, Layer, Moments, Outcome
@@ -14,11 +15,16 @@ from normscope.records import Interval
 
 __all__ = ["design_effect", "drifts", "effect", "needed", "noise_energy", "reading", "severity"]
 
+Indices = NDArray[np.int64]
+
 RESAMPLES = 4999
 REGROUPINGS = 399
 # Channels that enter a null distribution; more change nothing but the time.
 NULL_CHANNELS = 128
 NULL_BATCHES = 64
+# Below this many pairs no interval is worth its name.
+FEWEST_PAIRS = 5
+FEW_PAIRS = 30
 
 
 # --- gate 1: chance -----------------------------------------------------------------------------------------------
@@ -102,16 +108,26 @@ def design_effect(moments: Mapping[str, Moments], t: Thresholds, seed: int) -> d
     usable = {n: m for n, m in moments.items() if m.samples is not None and len(m.means) > 1}
     usable = {n: m for n, m in usable.items() if m.samples is not None and np.isfinite(m.samples).all()}
     found = {name: _design(m.samples, m.groups) for name, m in usable.items()}
+    found = {name: d for name, d in found.items() if math.isfinite(d)}
     if not found or max(found.values()) < t.design_warning:
         return {name: (d, 1.0) for name, d in found.items()}
     rng = np.random.default_rng(seed)
-    null = np.empty(REGROUPINGS)
-    for r in range(REGROUPINGS):
-        null[r] = max(_design(m.samples, m.groups, rng.permutation(len(m.groups))) for m in usable.values() if m.groups is not None)
+    null = [_largest([usable[name] for name in found], rng) for _ in range(REGROUPINGS)]
     return {name: (d, float(statistics.empirical_p(d, null))) for name, d in found.items()}
 
 
-def _design(samples: Array | None, groups: np.ndarray | None, order: np.ndarray | None = None) -> float:  # type: ignore[type-arg]
+def _largest(moments: list[Moments], rng: np.random.Generator) -> float:
+    """The largest design effect after one random regrouping; layers of equally many samples share it."""
+    orders: dict[int, Indices] = {}
+    found = []
+    for m in moments:
+        n = 0 if m.groups is None else len(m.groups)
+        orders.setdefault(n, rng.permutation(n))
+        found.append(_design(m.samples, m.groups, orders[n]))
+    return float(np.nanmax(found))
+
+
+def _design(samples: Array | None, groups: Indices | None, order: Indices | None = None) -> float:
     """The median over channels of the design effect, by one-way analysis of variance."""
     if samples is None or groups is None:
         return math.nan
@@ -182,10 +198,15 @@ def _finite(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _paired(a: Array, b: Array, t: Thresholds, seed: int, unit: str) -> Interval | None:
-    if len(a) < 2 or len(a) != len(b):
+    if len(a) < FEWEST_PAIRS or len(a) != len(b):
         return None
     found = statistics.bootstrap_difference(a, b, level=t.level, resamples=2000, seed=seed)
-    return Interval(found.value, found.low, found.high, unit)
+    low, high = found.low, found.high
+    if len(a) < FEW_PAIRS:
+        # Resampling few numbers cannot show the tails that they did not hit; Student's interval allows for them.
+        student = statistics.equivalence_test(a, b, 1.0, alpha=(1 - t.level) / 2).difference
+        low, high = min(low, student.low), max(high, student.high)
+    return Interval(found.value, low, high, unit)
 
 
 def _metric_grade(cost: Interval, loss: Interval | None, scale: float, t: Thresholds) -> Grade:
@@ -224,7 +245,7 @@ def needed(now: Outcome, other: Outcome, t: Thresholds) -> int | None:
 
 # --- the decision table -------------------------------------------------------------------------------------------
 
-_READINGS = {
+_READINGS: dict[tuple[bool, ...], str] = {
     # (evaluation, batch statistics, recalibrated): True is good
     (False, True, True): "the running statistics are stale, unconverged, polluted or were not copied",
     (False, True, False): "no single statistics fit: several populations, or answers depend on the rest of the batch",
@@ -234,7 +255,9 @@ _READINGS = {
     (True, True, False): "healthy; statistics of these data would be worse than the model's own",
     (True, False, False): "healthy; statistics of these data would be worse than the model's own",
 }
-NOT_NORMALIZATION = "bad whatever the statistics: the trouble is not in them, or the weights have adapted to bad batches"
+NOT_NORMALIZATION = (
+    "bad whatever the statistics: the trouble is not in them, or the weights have adapted to bad batches"
+)
 
 
 def reading(outcomes: Mapping[str, Outcome], chance: float | None, t: Thresholds) -> str:
@@ -246,8 +269,13 @@ def reading(outcomes: Mapping[str, Outcome], chance: float | None, t: Thresholds
     best = max(known, key=_quality)
     if chance is not None and best.metric is not None and np.mean(best.metric) <= chance:
         return NOT_NORMALIZATION
-    good = tuple(not effect(state, best, t).harmful for state in known)
-    return _READINGS.get(good, NOT_NORMALIZATION)  # type: ignore[call-overload, no-any-return]
+    good = tuple(not _clearly_worse(effect(state, best, t)) for state in known)
+    return _READINGS.get(good, NOT_NORMALIZATION)
+
+
+def _clearly_worse(felt: Effect) -> bool:
+    # Against the best of three, which is lucky by choice, less than an error says nothing.
+    return felt.grade == "E"
 
 
 def _quality(outcome: Outcome) -> float:
@@ -263,3 +291,16 @@ def quality(outcome: Outcome) -> float:
         return -float(np.where(np.isfinite(outcome.loss), outcome.loss, 1e9).mean())
     return _quality(outcome)
 
+
+def mean_interval(values: Array, unit: str, level: float = 0.99) -> Interval | None:
+    """A mean with its interval."""
+    known = values[np.isfinite(values)]
+    if len(known) < 2:
+        return None if len(known) == 0 else Interval(float(known[0]), float(known[0]), float(known[0]), unit)
+    found = statistics.bootstrap_difference(known, np.zeros(len(known)), level=level, resamples=2000)
+    return Interval(found.value, found.low, found.high, unit)
+
+
+def median_size(values: Array) -> float:
+    """The median of the absolute values."""
+    return float(np.median(np.abs(values))) if len(values) else 0.0

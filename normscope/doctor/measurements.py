@@ -24,6 +24,7 @@ __all__ = [
     "Mutation",
     "Outcome",
     "Reference",
+    "RoundTrip",
     "Site",
     "Steps",
 ]
@@ -107,7 +108,7 @@ class Moments:
         vars: (k, c), biased; for InstanceNorm the mean of the instances' variances.
         samples: (n, c') means of every sample, of evenly chosen channels; None where they were not kept.
         groups: (n,) the batch of every sample.
-        infinite: Values that were NaN or infinite.
+        infinite: Channels of samples that held NaN or infinity.
     """
 
     sizes: Array
@@ -219,6 +220,21 @@ class Mutation:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundTrip:
+    """The model after the user's save and load.
+
+    Attributes:
+        changed: Normalizers whose statistics came back otherwise, or not at all.
+        difference: Relative difference of the outputs in evaluation mode; None where they cannot be compared.
+        problem: Why nothing was compared.
+    """
+
+    changed: tuple[str, ...] = ()
+    difference: float | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Steps:
     """Training steps on a copy.
 
@@ -281,20 +297,23 @@ class Measurements:
         sites: The calls in one forward.
         unreached: Normalizers that no cached batch reached.
         seen: Inputs in evaluation mode.
-        own: Inputs with every normalizer on batch statistics: each layer's own drift, not what the layers above pass on.
+        own: Inputs with every normalizer on batch statistics, so that a layer answers for itself only.
         drift: Running statistics against `own`.
         design: By layer, (design effect, p-value).
         outcomes: Scores by state.
         recalibrated: What the model loses against itself with statistics of split A.
         batch: The same against itself on batch statistics.
         small: What batch statistics lose against recalibrated ones.
-        repaired: Share of non-finite outputs before.
+        predicted: What the user's own path loses against evaluation mode, or batches of two against whole ones.
         shares: By layer, the share of the gap that it explains when it alone is recalibrated.
         estimators: Largest relative difference of the two estimators' variances.
         chance: Accuracy of always answering the most frequent class.
         repeat: Relative difference of two evaluations of one batch.
         batch_problem: Why batch statistics could not be used.
         score_problem: Why nothing could be scored, "" if it could.
+        batch_size: Samples in the largest batch.
+        traced_size: Samples in the batch that was traced.
+        batches: Batches in A, B and C.
         needed: Samples needed to see an effect of the stated size; None where it was not measured.
     """
 
@@ -322,10 +341,12 @@ class Measurements:
     repeat: float | None = None
     dependence: Dependence | None = None
     mutation: Mutation | None = None
+    roundtrip: RoundTrip | None = None
     steps: Steps | None = None
     reference: Reference | None = None
     loader: LoaderFacts = field(default_factory=LoaderFacts)
     batch_size: int = 0
+    traced_size: int = 0
     batches: tuple[int, int, int] = (0, 0, 0)
     batch_problem: str = ""
     score_problem: str = ""

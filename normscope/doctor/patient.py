@@ -41,6 +41,7 @@ class Patient:
         metric: The same, higher is better, or one number per batch.
         device: Where batches go.
         passes: What has been run, for the report.
+        problem: The last error on a batch that was left out.
         inferred: What was guessed about loss and metric, "" for nothing.
     """
 
@@ -51,6 +52,7 @@ class Patient:
     device: torch.device | None = None
     passes: list[PassCost] = field(default_factory=list)
     inferred: str = ""
+    problem: str = ""
 
     def run(self, batch: Batch) -> tuple[Any, Any]:
         """The output on a batch, and the batch as the user's loss may see it."""
@@ -80,11 +82,11 @@ class Patient:
     def on_batches(self, only: Sequence[str] | None = None) -> Iterator[None]:
         """Normalizers on batch statistics, everything else, dropout above all, in evaluation mode."""
         with self.keeping(), self.evaluating():
-            changed: list[tuple[Module, bool, Any]] = []
+            changed: list[tuple[Any, bool, Any]] = []
             try:
                 for found in self.trackers:
                     if only is None or found.name in only:
-                        module = found.module
+                        module: Any = found.module
                         changed.append((module, module.training, getattr(module, "momentum", None)))
                         module.training = True
                         if hasattr(module, "momentum"):
@@ -128,21 +130,43 @@ class Patient:
         spent = time.monotonic() - start
         self.passes.append(PassCost(name, len(batches), sum(batch.size for batch in batches), spent))
 
-    def measure(self, name: str, batches: Sequence[Batch], samples: bool) -> dict[str, Moments]:
-        """The inputs of all trackers over these batches, in the state that the caller has put the model into."""
+    def measure(
+        self, name: str, batches: Sequence[Batch], *, samples: bool = False, unfit: list[Batch] | None = None
+    ) -> dict[str, Moments]:
+        """The inputs of all trackers over these batches, in the state that the caller has put the model into.
+
+        Args:
+            name: Of the pass.
+            batches: Over which.
+            samples: Keep the means of every sample, too.
+            unfit: Takes the batches on which the model fails; without it that raises.
+        """
         with self.noting(name, batches), Watch(self.trackers, samples) as watch:
             for batch in batches:
-                self.run(batch)
+                if self._runs(batch, unfit) is None:
+                    watch.pending.clear()
                 watch.commit()
         return watch.moments()
 
-    def score(self, name: str, batches: Sequence[Batch]) -> Outcome:
+    def score(self, name: str, batches: Sequence[Batch], *, unfit: list[Batch] | None = None) -> Outcome:
         """Loss and metric over these batches, in the state that the caller has put the model into."""
         sheet = ScoreSheet(self.loss, self.metric)
         with self.noting(name, batches):
             for batch in batches:
-                sheet.add(*self.run(batch), batch.size)
+                result = self._runs(batch, unfit)
+                if result is not None:
+                    sheet.add(*result, batch.size)
         return sheet.outcome()
+
+    def _runs(self, batch: Batch, unfit: list[Batch] | None) -> tuple[Any, Any] | None:
+        try:
+            return self.run(batch)
+        except Exception as error:
+            if unfit is None:
+                raise
+            self.problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            unfit.append(batch)
+            return None
 
 
 def _watchable(found: Found) -> bool:
@@ -174,12 +198,22 @@ class ScoreSheet:
                 self.infinite += int((~torch.isfinite(leaf)).sum())
         for name, function in self.functions.items():
             if function is not None:
-                self.values[name].append(_numbers(name, function(output, data), size))
+                self.values[name].append(_numbers(name, _call(name, function, output, data), size))
 
     def outcome(self) -> Outcome:
         """All of it; where one batch gave a single number, every batch counts once."""
         joined = {name: _joined(values, self.samples) for name, values in self.values.items()}
         return Outcome(joined["loss"], joined["metric"], self.samples, self.infinite / max(1, self.outputs))
+
+
+def _call(name: str, function: Callable[[Any, Any], Any], output: Any, data: Any) -> Any:
+    try:
+        return function(output, data)
+    except Exception as error:
+        raise ArgumentError(
+            f"{name}(output, batch) raised {type(error).__name__}: {error}",
+            cure="it gets the model's output and the whole batch as the loader yields it",
+        ) from error
 
 
 def _numbers(name: str, value: Any, size: int) -> Array:
@@ -227,17 +261,17 @@ class Watch:
     def _hook(self, found: Found) -> Callable[[Module, tuple[Any, ...], dict[str, Any]], None]:
         channels = found.module.get_buffer("running_mean").numel()
 
-        def see(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def see(_: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is None or x.dim() < 2 or x.shape[1] != channels or x.numel() == 0:
                 return
-            x = x.detach()
-            self.infinite[found.name] = self.infinite.get(found.name, 0) + int((~torch.isfinite(x)).sum())
-            x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+            x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
             if x.dim() == 2:
                 mean, var = x, torch.zeros_like(x)
             else:
                 var, mean = torch.var_mean(x.flatten(2), dim=2, correction=0)
+            # One bad value makes its mean bad: no need to look at every value again.
+            self.infinite[found.name] = self.infinite.get(found.name, 0) + int((~torch.isfinite(mean)).sum())
             self.pending.setdefault(found.name, []).append((mean.double(), var.double(), x[0, 0].numel()))
 
         return see

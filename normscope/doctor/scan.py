@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,11 +38,16 @@ _FLAG = {"batch_norm": ("training", 5), "instance_norm": ("use_input_stats", 5)}
 # --- P0 -----------------------------------------------------------------------------------------------------------
 
 
-def layers_of(model: Module) -> tuple[Layer, ...]:
-    """The normalizers as they are, and what telling the model to train would do to them."""
+def layers_of(model: Module, home: Snapshot | None = None) -> tuple[Layer, ...]:
+    """The normalizers as they are, and what telling the model to train would do to them.
+
+    Args:
+        model: The model.
+        home: A snapshot of it as it is, if there is one.
+    """
     found = find(model)
     before = {f.name: bool(f.module.training) for f in found}
-    with Snapshot(model):
+    with home or Snapshot(model):
         model.train()
         after = {f.name: bool(f.module.training) for f in found}
     return tuple(_layer(f, before[f.name], after[f.name]) for f in found)
@@ -84,7 +89,8 @@ def _count(value: Any) -> int | None:
 def _values(value: Any) -> Array | None:
     if not isinstance(value, Tensor) or is_lazy(value) or value.device.type == "meta":
         return None
-    return np.asarray(value.detach().to("cpu", torch.float64).reshape(-1).numpy()).copy()
+    values: Array = value.detach().to("cpu", torch.float64, copy=True).reshape(-1).numpy()
+    return values
 
 
 def average_without_buffers(model: Module) -> str:
@@ -171,9 +177,9 @@ def _per_statistic(found: Found, shape: tuple[int, ...]) -> float:
     if kind == "InstanceNorm" and len(shape) > 2:
         return count / max(1, shape[0] * shape[1])
     if kind == "GroupNorm" and len(shape) > 1:
-        return count / max(1, shape[0] * int(module.num_groups))  # type: ignore[arg-type]
+        return count / max(1, shape[0] * cast(torch.nn.GroupNorm, module).num_groups)
     if kind in ("LayerNorm", "RMSNorm"):
-        return float(np.prod(tuple(module.normalized_shape)))  # type: ignore[arg-type]
+        return float(np.prod(cast(torch.nn.LayerNorm, module).normalized_shape))
     return count
 
 
@@ -192,7 +198,7 @@ def fed_frozen(patient: Patient, batch: Batch) -> dict[str, bool]:
     handles = [f.module.register_forward_pre_hook(hook(f.name), with_kwargs=True) for f in patient.trackers]
     try:
         patient.model.eval()
-        forget = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
+        forget = torch.autograd.graph.saved_tensors_hooks(lambda _: torch.empty(0), lambda t: t)
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"), forget:
             feed(patient.model, batch.fresh(patient.device), patient.forward)
     except Exception:

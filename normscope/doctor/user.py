@@ -14,12 +14,12 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from normscope.doctor.cache import Batch, regroup
-from normscope.doctor.measurements import Dependence, Layer, Mutation, Reference, Steps
+from normscope.doctor.measurements import Dependence, Layer, Mutation, Reference, RoundTrip, Steps
 from normscope.doctor.patient import Patient
-from normscope.doctor.scan import difference
+from normscope.doctor.scan import difference, layers_of
 from normscope.surgery import Snapshot, feed, find, quiet
 
-__all__ = ["dependence", "evaluate_once", "input_of", "reference_facts", "take_steps"]
+__all__ = ["dependence", "evaluate_once", "input_of", "reference_facts", "round_trip", "take_steps"]
 
 STEPS = 3
 # Samples that are also looked at alone.
@@ -78,19 +78,43 @@ def _moved(before: tuple[Tensor, Tensor, float], after: tuple[Tensor, Tensor, fl
     return max(float(step.median()), 1e-12)
 
 
-def evaluate_once(model: Module, evaluate: Callable[[Module], Any]) -> Mutation:
-    """Run the user's evaluation with the modes as they are, and see what it leaves behind; the model is brought back."""
-    snapshot = Snapshot(model)
+def evaluate_once(model: Module, evaluate: Callable[[Module], Any], home: Snapshot) -> Mutation:
+    """Run the user's evaluation with the modes as they are, and see what it leaves behind; the model comes back."""
     modes = [m.training for m in model.modules()]
     names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    with snapshot:
+    with home:
         try:
             evaluate(model)
         except Exception as error:
             return Mutation("evaluate", problem=f"evaluate raised {type(error).__name__}: {error}")
-        changed = tuple(path for path in snapshot.changed() if path in names)
+        changed = tuple(path for path in home.changed() if path in names)
         flipped = sum(m.training != was for m, was in zip(model.modules(), modes, strict=False))
     return Mutation("evaluate", changed, flipped)
+
+
+def round_trip(
+    patient: Patient, layers: tuple[Layer, ...], trip: Callable[[Module], Module], batch: Batch
+) -> RoundTrip:
+    """Save and load as the user does, and compare statistics and outputs; the caller brings the model back."""
+    try:
+        back: Any = trip(patient.model)
+        if not isinstance(back, Module):
+            return RoundTrip(problem=f"roundtrip returned a {type(back).__name__}, not a model")
+        theirs = {bare(layer.name): layer for layer in layers_of(back)}
+        changed = tuple(
+            x.name for x in layers if x.mean is not None and not _same_statistics(x, theirs.get(bare(x.name)))
+        )
+        with Snapshot(back), patient.evaluating():
+            before, _ = patient.run(batch)
+            back.eval()
+            after = feed(back, batch.fresh(patient.device), patient.forward)
+            return RoundTrip(changed, difference(before, after))
+    except Exception as error:
+        return RoundTrip(problem=f"roundtrip raised {type(error).__name__}: {error}")
+
+
+def _same_statistics(a: Layer, b: Layer | None) -> bool:
+    return b is not None and _alike(a, b) and _equal(a, b)
 
 
 # --- does an answer depend on its batch? --------------------------------------------------------------------------
@@ -150,7 +174,8 @@ def _compare(path: str, answer: Callable[[list[int]], Any], size: int, used: set
     if not whole:
         return Dependence(path, problem="the output has no axis of samples")
     noise = difference(whole, _rows(answer(everyone), size)) or 0.0
-    changes, flips, alone_error = [], [], ""
+    flips: list[float] = []
+    changes, alone_error = [], ""
     half = everyone[: max(1, size // 2)]
     for order in (everyone[::-1], half, everyone[size // 2 :]):
         changes.append(_change(whole, _rows(answer(order), len(order)), order, flips))

@@ -24,7 +24,7 @@ from normscope.errors import ArgumentError
 from normscope.lab.figure1_judge import accuracy_interval, judge, shown_rate, target_accuracy
 from normscope.records import Bands, Curve, Figure1, Machine, TrainingRun
 
-__all__ = ["DIFFERENCES", "Network", "Settings", "run"]
+__all__ = ["DIFFERENCES", "Network", "Settings", "one_thread", "run"]
 
 PERCENTILES = (15.0, 50.0, 85.0)
 
@@ -151,7 +151,7 @@ def run(
         on_step: Called at every measurement with the steps done, all steps, and the name of the present run.
     """
     started, clock = datetime.now(timezone.utc), time.perf_counter()
-    with _one_thread():
+    with one_thread():
         runs = _train_all(data, settings, on_step)
     return Figure1(
         title="Batch Normalization and the sigmoid network",
@@ -281,7 +281,7 @@ def _typical(percentiles: dict[int, Tensor]) -> tuple[Bands, tuple[float, ...]]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from normscope.records import Agreement, Interval, Statement, TrainingRun
 
-__all__ = ["accuracy_interval", "judge", "shown_rate", "target_accuracy"]
+__all__ = ["accuracy_interval", "judge", "lessons", "shown_rate", "target_accuracy"]
 
 # A run has trained when it comes this close to the best final accuracy of all runs, chance being far below.
 TARGET = 0.9
@@ -62,6 +62,21 @@ def judge(runs: Sequence[TrainingRun], steps: int, chance: float) -> tuple[State
         _speed(plain, normed, target),
         _accuracy(plain, normed, target, steps),
         _drift(runs),
+    )
+
+
+def lessons(runs: Sequence[TrainingRun]) -> tuple[str, str]:
+    """The first two claims in a short line each, numbers only."""
+    target = target_accuracy(runs)
+    highest, steps = [], []
+    for normalized in (True, False):
+        mine = [run for run in runs if run.normalized == normalized]
+        trained = [run.learning_rate for run in mine if run.final.value >= target]
+        highest.append(f"up to {max(trained):g}" if trained else "at none of them")
+        steps.append(_steps(_first(mine, target)))
+    return (
+        f"Batch Normalization allows higher learning rates: it trained at rates {highest[0]}, without it {highest[1]}.",
+        f"It trains in fewer steps: {target:.1%} accuracy after {steps[0]} with it, {steps[1]} without.",
     )
 
 

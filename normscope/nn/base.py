@@ -79,7 +79,7 @@ def normalizes(forward: Forward) -> Forward:
             return cast(Tensor, leaf)
         if torch._C._get_tracing_state() is not None:  # sizes are traced too; checks on them are no news to the user
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", torch.jit.TracerWarning)
+                warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
                 return forward(self, input, *args, **kwargs)
         try:
             return forward(self, input, *args, **kwargs)

@@ -2,16 +2,297 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator, Sequence
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from normscope.records import Figure1, Interval
+from normscope.records import CheckRecord, Clinic, Figure1, Finding, FixRecord, Interval, Treatment
+from normscope.report import words
 
-__all__ = ["print_figure1"]
+__all__ = ["print_check", "print_clinic", "print_figure1", "print_fix", "print_lessons"]
 
 VERDICT_STYLE = {"agrees": "bold green", "contradicts": "bold red", "open": "bold yellow"}
+SEVERITY_STYLE = {"E": "bold red", "W": "bold yellow", "I": "bold cyan"}
+WIDTH = 80
+# A report that is longer than a terminal is not read.
+MOST_LINES = 25
+# What a terminal that knows only ASCII gets instead.
+ASCII = str.maketrans({"–": "-", "—": "-", "…": "...", "└": "`", "·": "-", "×": "x", "±": "+-", "→": "->", "≥": ">=",
+                       "≤": "<=", "δ": "d", "ρ": "rho", "σ": "sd", "μ": "mean", "γ": "gamma", "β": "beta", "√": "sqrt",
+                       "²": "2", "ε": "eps", "−": "-", "’": "'", "“": '"', "”": '"'})  # fmt: skip
+
+
+# --- a check ------------------------------------------------------------------------------------------------------
+
+
+def print_check(record: CheckRecord, console: Console, *, verbose: bool = False) -> None:
+    """The report of a check: at most 25 lines, or everything."""
+    lines = list(_everything(record) if verbose else _short(record))
+    _print(lines, console)
+
+
+def _print(lines: list[Text], console: Console) -> None:
+    plain = not console.encoding.lower().startswith("utf")
+    for line in lines:
+        if plain:
+            spans, line = line.spans, Text(line.plain.translate(ASCII))
+            line.stylize(spans[0].style, 0) if spans else None
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _short(record: CheckRecord) -> Iterator[Text]:
+    alarms = [f for f in words.causes(record.findings) if f.severity != "I"]
+    head = [*_header(record), Text(), *_scores(record)]
+    foot = list(_footer(record))
+    room = MOST_LINES - len(head) - len(foot)
+    yield from head
+    for done, finding in enumerate(alarms):
+        block = _block(record, finding)
+        rest = len(alarms) - done - 1
+        if len(block) + (1 if rest else 0) > room:
+            yield Text(f"… {words.plural(rest + 1, 'more trouble')}: --verbose or the page shows them", style="bold")
+            break
+        yield from block
+        room -= len(block)
+    yield from foot
+
+
+def _header(record: CheckRecord) -> Iterator[Text]:
+    norms = ", ".join(f"{count} {kind}" for kind, count in record.norms)
+    total = words.plural(sum(count for _, count in record.norms), "normalizer")
+    name = f"normscope {words.version(record)}".rstrip()
+    first = f"{name}   {record.model}: {total}" + (f" ({norms})" if norms else "")
+    second = f"{words.plural(record.samples, 'sample')}   {record.seconds:.1f} s   seed {record.seed}   {record.device}"
+    restored = f"model restored: {'yes' if record.restored else 'NO'} (hash {record.before[:8]})"
+    yield Text(_cut(first, WIDTH), style="bold")
+    yield Text(_cut(f"{second}   {restored}", WIDTH), style="dim")
+    if record.noise_floor:
+        yield Text(f"two evaluations of one batch differ by {words.number(record.noise_floor)} (relative)", style="dim")
+
+
+def _scores(record: CheckRecord) -> Iterator[Text]:
+    """What the decision table compares, in one line per number."""
+    now, after = words.now_and_after(record)
+    if now is None:
+        yield Text("  cost not measured: pass --metric or --loss", style="yellow")
+        yield Text()
+        return
+    percent = words.is_percent(record.cost)
+    rows = (
+        (words.metric_name(record), now.metric, after and after.metric, percent),
+        ("loss", now.loss, after and after.loss, False),
+    )
+    heading = f"{now.samples:,} samples of split B"
+    yield Text(f"  {heading:28}{'now':>10}{'recalibrated':>16}   lost now [99%]", style="dim")
+    for label, mine, other, share in rows:
+        if mine is not None:
+            lost = _lost(record, label == "loss")
+            numbers = f"{words.score(mine, share):>10}{words.score(other, share):>16}"
+            yield Text(f"  {_cut(label, 28):28}{numbers}   {lost}".rstrip())
+    yield Text()
+
+
+def _lost(record: CheckRecord, loss: bool) -> str:
+    cost = record.cost
+    return words.interval(cost) if cost is not None and (cost.unit == "loss") == loss else ""
+
+
+def _block(record: CheckRecord, finding: Finding) -> list[Text]:
+    """One trouble: where, how much, what was seen, what to do, and what follows from it."""
+    lines = [_headline(record, finding)]
+    lines += [Text(f"    {part}") for part in _wrap(finding.message, 2)]
+    lines += [Text(f"    {line}", style="green") for line in _fix_lines(finding)]
+    for child in words.consequences(record.findings, finding):
+        text = f"      └ consequence: {child.code} {child.name} in {words.fold_layers(child.layers, 32)}"
+        lines.append(Text(_cut(text, WIDTH), style="dim"))
+    return lines
+
+
+def _headline(record: CheckRecord, finding: Finding) -> Text:
+    right = _share(record, finding)
+    left = f"{finding.severity} {finding.code} {finding.name}"
+    layers = words.fold_layers(finding.layers, max(16, WIDTH - len(left) - len(right) - 4))
+    gap = max(2, WIDTH - len(left) - len(layers) - len(right) - 2)
+    line = Text.assemble((left, SEVERITY_STYLE[finding.severity]), "  ", layers, " " * gap, (right, "bold"))
+    return line
+
+
+def _share(record: CheckRecord, finding: Finding) -> str:
+    if finding.cost is None:
+        return words.share(record, finding) or "cost not measured"
+    return words.share(record, finding) or f"costs {words.interval(finding.cost)}"
+
+
+def _fix_lines(finding: Finding) -> list[str]:
+    if not finding.remedies:
+        return []
+    remedy = finding.remedies[0]
+    return _wrap(f"fix: {words.remedy_line(remedy)}", 2)
+
+
+def _footer(record: CheckRecord) -> Iterator[Text]:
+    if not any(f.severity != "I" for f in record.findings):
+        yield from (Text(part, style="bold green") for part in textwrap.wrap(words.verdict(record), WIDTH))
+    hints = [f for f in words.causes(record.findings) if f.severity == "I"]
+    if hints:
+        names = ", ".join(f"{f.code} {f.name}" for f in hints)
+        yield Text.assemble(("I", SEVERITY_STYLE["I"]), _cut(f" {len(hints)} more: {names}", WIDTH - 1))
+    if record.reading:
+        for part in textwrap.wrap(f"reading: {record.reading}", WIDTH, subsequent_indent="  ", max_lines=2):
+            yield Text(part)
+    counts = "   ".join(f"{words.STATUS[status]} {count}" for status, count in words.counts(record))
+    yield Text(counts, style="dim")
+    follow = _next(record)
+    if follow:
+        yield Text(_cut(follow, WIDTH * 2), style="bold")
+
+
+def _next(record: CheckRecord) -> str:
+    """The command that comes next."""
+    command = words.setting(record, "command")
+    repair = any(r.safety in ("S0", "S1") for f in record.findings for r in f.remedies if f.severity != "I")
+    if not repair:
+        return ""
+    return f"next: {command.replace(' check ', ' fix ', 1)} -o fixed.pt" if command else "next: report.fix()"
+
+
+def _everything(record: CheckRecord) -> Iterator[Text]:
+    yield from _header(record)
+    for note in record.notes:
+        yield from (Text(line, style="dim") for line in textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="  "))
+    yield Text()
+    yield from _scores(record)
+    for finding in words.causes(record.findings):
+        yield from _full_block(record, finding)
+    yield from _layers(record)
+    yield from _unchecked(record)
+    yield from _footer(record)
+
+
+def _full_block(record: CheckRecord, finding: Finding, indent: str = "    ") -> Iterator[Text]:
+    yield _headline(record, finding)
+    yield from (Text(f"{indent}{part}") for part in _wrap(finding.message, 20))
+    for name in finding.layers[20:] and finding.layers[:20] or finding.layers:
+        yield Text(f"{indent}layer {name or '(the model itself)'}", style="dim")
+    for fact in finding.facts:
+        value = fact.text if fact.value is None else f"{words.number(fact.value)} {fact.text}".rstrip()
+        yield from (Text(f"{indent}{part}", style="dim") for part in _wrap(f"{fact.name}: {value}", 4))
+    for remedy in finding.remedies:
+        yield from (Text(f"{indent}{part}", style="green") for part in _wrap(f"fix: {words.remedy_line(remedy)}", 9))
+        yield from (Text(f"{indent}  {line}", style="green") for line in words.command(record, remedy).splitlines())
+    for child in words.consequences(record.findings, finding):
+        yield Text(f"{indent}└ consequence:", style="dim")
+        yield from _full_block(record, child, indent + "  ")
+    yield Text()
+
+
+def _layers(record: CheckRecord) -> Iterator[Text]:
+    if not record.layers:
+        return
+    width = min(34, max(len(row.name) for row in record.layers) + 1)
+    yield Text(f"{'layer':{width}}{'mode':>7}{'n':>9}{'δ':>8}{'ρ':>8}{'noise':>8}{'D':>7}  rules", style="bold")
+    for row in record.layers:
+        numbers = (row.delta, row.rho, row.noise, row.design_effect)
+        delta, rho, noise, design = ("–" if value is None else words.number(value) for value in numbers)
+        values = "–" if row.values is None else words.number(row.values)
+        name = row.name if len(row.name) < width else f"…{row.name[len(row.name) - width + 2 :]}"
+        cells = f"{name:{width}}{row.mode:>7}{values:>9}{delta:>8}{rho:>8}{noise:>8}{design:>7}  {' '.join(row.codes)}"
+        yield Text(cells)
+    yield Text()
+
+
+def _unchecked(record: CheckRecord) -> Iterator[Text]:
+    shown = [v for v in record.verdicts if v.status in ("needs-input", "could-not-check", "intentional")]
+    for verdict in shown:
+        text = f"{verdict.code} {verdict.name}: {words.STATUS[verdict.status]}: {verdict.reason}"
+        yield from (Text(line, style="dim") for line in textwrap.wrap(text, WIDTH, subsequent_indent="    "))
+    if shown:
+        yield Text()
+
+
+def _wrap(text: str, lines: int) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), WIDTH - 4, max_lines=lines, placeholder=" …")
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+# --- a repair -----------------------------------------------------------------------------------------------------
+
+
+def print_fix(record: FixRecord, console: Console, check: CheckRecord | None = None) -> None:
+    """What was applied, what not and why, and what it gained on samples that chose nothing."""
+    lines = [*_header(check), Text()] if check is not None else []
+    for treatment in record.applied:
+        lines += _treatment("applied", treatment, "bold green")
+    for treatment in record.skipped:
+        lines += _treatment("skipped", treatment, "bold yellow")
+    if not record.applied and not record.skipped:
+        lines.append(Text("nothing to repair", style="bold green"))
+    if record.applied:
+        lines += [Text(), *_proof(record, check)]
+    _print(lines, console)
+
+
+def _proof(record: FixRecord, check: CheckRecord | None) -> Iterator[Text]:
+    name = words.metric_name(check) if check is not None else "metric"
+    if record.gain is None:
+        yield Text("not verified: pass --metric or --loss", style="yellow")
+        return
+    if record.gain.unit == "loss":
+        name = "loss"
+    if record.before is not None and record.after is not None:
+        percent = words.is_percent(record.gain)
+        change = f"{words.score(record.before, percent)} → {words.score(record.after, percent)}"
+        yield Text(f"{name} on split B, which chose the remedies:  {change}")
+    judged = ("confirmed", "bold green") if record.confirmed else ("not confirmed", "bold red")
+    yield Text.assemble(f"gain on split C, which chose nothing:  {words.gained(record.gain)} (99%)  ", judged)
+
+
+def _treatment(word: str, treatment: Treatment, style: str) -> list[Text]:
+    gain = f"  {words.gained(treatment.gain)}" if treatment.gain is not None else ""
+    layers = words.fold_layers(treatment.layers, 30)
+    head = f" {treatment.rule} {treatment.remedy.code} [{treatment.remedy.safety}]  {layers}{gain}"
+    lines = [Text.assemble((word, style), _cut(head, WIDTH - len(word)))]
+    reason = treatment.outcome if word == "skipped" else treatment.remedy.text
+    return lines + [Text(f"    {part}") for part in _wrap(reason, 2)]
+
+
+# --- the demo's second half ---------------------------------------------------------------------------------------
+
+
+def print_clinic(record: Clinic, console: Console) -> None:
+    """What was broken, what was found, and what became of it."""
+    lines = [Text(f"Two ways to break a normalized network, on {record.data.title}", style="bold")]
+    for patient in record.patients:
+        lines += [Text(), Text(_cut(patient.title, WIDTH), style="bold")]
+        for finding in words.causes(patient.check.findings)[:1]:
+            lines.append(_headline(patient.check, finding))
+            for child in words.consequences(patient.check.findings, finding):
+                lines.append(Text(_cut(f"      └ consequence: {child.code} {child.name}", WIDTH), style="dim"))
+        for treatment in patient.fix.applied:
+            text = f"fix: {words.remedy_line(treatment.remedy)}"
+            lines += [Text(f"    {part}", style="green") for part in _wrap(text, 2)]
+        path = " → ".join(words.score(i, percent=True) for i in (patient.trained, patient.ill, patient.cured))
+        judged = ("confirmed", "bold green") if patient.fix.confirmed else ("not confirmed", "bold red")
+        lines.append(Text.assemble(f"    test accuracy trained → broken → repaired:  {path}   ", judged))
+    _print(lines, console)
+
+
+def print_lessons(lessons: Sequence[str], console: Console) -> None:
+    """What was learned, a line each."""
+    lines = [Text("What was learned", style="bold")]
+    for k, lesson in enumerate(lessons, 1):
+        lines += [Text(part) for part in textwrap.wrap(f"{k}. {lesson}", WIDTH, subsequent_indent="   ")]
+    _print(lines, console)
+
+
+# --- figure 1 -----------------------------------------------------------------------------------------------------
 
 
 def print_figure1(record: Figure1, console: Console) -> None:

@@ -145,7 +145,7 @@ class Scope:
         for k, name in enumerate(names):
             axis = self.axis_of(name)
             if axis is None:
-                known = ", ".join(dict.fromkeys(part.name for part in self.parts))
+                known = ", ".join(part.name for part in self.parts if not part.name.startswith(ELLIPSIS))
                 raise NotationError(
                     f"params names {name!r}, which is no axis of the pattern {self.pattern!r}",
                     params=_caret(params, _column(params, k), label="params"),
@@ -331,7 +331,8 @@ class _Reader:
 
 
 def _caret(text: str, column: int, label: str = "pattern") -> str:
-    return f"{text}\n{' ' * (len(f'  {label}: ') + column)}^"
+    line = re.sub(r"\s", " ", text)
+    return f"{line}\n{' ' * (len(f'  {label}: ') + column)}^"
 
 
 def _column(text: str, word: int) -> int:

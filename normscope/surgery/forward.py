@@ -60,6 +60,6 @@ def _named(model: Module, batch: dict[Any, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without gradients, and compiled code step by step: it has been compiled without the hooks that watch it."""
+    """Without gradients, and compiled code step by step: it would be compiled again for hooks that soon go."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield

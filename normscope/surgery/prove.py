@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from normscope.errors import ArgumentError, NormscopeError
+from normscope.errors import ArgumentError, ProofError
 from normscope.surgery.forward import Forward, feed, quiet
 from normscope.surgery.state import Snapshot
 
@@ -25,19 +25,21 @@ class Observation:
     Attributes:
         outputs: Its output tensors by mode; a mode in which the model itself fails is left out.
         double: Whether model and example had been converted to float64.
+        eps: The machine epsilon of the numbers that the model holds, its coarsest.
     """
 
     outputs: dict[str, list[Tensor]]
     double: bool
+    eps: float
 
 
 @dataclass(frozen=True)
 class Proof:
     """A numerical proof on an example.
 
-    Two outputs are the same where |a − b| ≤ √ε · max|a|, ε the machine epsilon of the dtype: half of its digits, far
-    above rounding and far below any change of the function. The model is left as it was by every run, and random
-    numbers are the same in every run.
+    Two outputs are the same where |a − b| ≤ √ε · max|a|, ε the machine epsilon of the model's own numbers: half of
+    their digits, far above rounding and far below any change of the function. The model is left as it was by every run,
+    and random numbers are the same in every run.
 
     Attributes:
         example: A batch as the loader yields it.
@@ -67,15 +69,15 @@ class Proof:
         """Run a second model and say in a sentence how close it is.
 
         Raises:
-            NormscopeError: It computes something else.
+            ProofError: It computes something else.
         """
         observation = self._observe(model, double=reference.double)
         worst = 0.0
         for mode, expected in reference.outputs.items():
             outputs = observation.outputs.get(mode)
-            problem = "it fails there" if outputs is None else _differs(expected, outputs)
+            problem = "it fails there" if outputs is None else _differs(expected, outputs, reference.eps)
             if isinstance(problem, str):
-                raise NormscopeError(
+                raise ProofError(
                     f"{operation} would change what the model computes in {mode} mode: {problem}",
                     cure="the model is as it was; leave out modules with select=, or pass the example as it is used",
                 )
@@ -91,14 +93,15 @@ class Proof:
                 if double:
                     model.double()
                 model.train(mode == "training")
-                torch.manual_seed(0)
+                torch.manual_seed(0)  # whatever the edit has drawn
                 try:
                     outputs[mode] = _tensors(feed(model, example, self.forward))
                 except Exception:
                     # A batch of one sample cannot be normalized in training; evaluation must work.
                     if mode == "evaluation":
                         raise
-        return Observation(outputs, double)
+        floating = [t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        return Observation(outputs, double, max((torch.finfo(dtype).eps for dtype in floating), default=0.0))
 
 
 def _double(example: Any) -> Any:
@@ -115,7 +118,7 @@ def _tensors(output: Any) -> list[Tensor]:
     return tensors
 
 
-def _differs(expected: list[Tensor], outputs: list[Tensor]) -> float | str:
+def _differs(expected: list[Tensor], outputs: list[Tensor], eps: float) -> float | str:
     """The largest difference in units of the tolerance, or in words what is otherwise."""
     if len(expected) != len(outputs):
         return f"{len(outputs)} tensors in place of {len(expected)}"
@@ -128,15 +131,14 @@ def _differs(expected: list[Tensor], outputs: list[Tensor]) -> float | str:
             if not floating and not torch.equal(a, b):
                 return f"output {k} differs"
             continue
-        distance = _distance(a, b)
-        if not distance <= 1:
+        distance = _distance(a, b, max(eps, torch.finfo(a.dtype).eps))
+        if distance > 1:
             return f"output {k} differs by {distance:.3g} times the tolerance"
         worst = max(worst, distance)
     return worst
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
-    eps = torch.finfo(a.dtype).eps
+def _distance(a: Tensor, b: Tensor, eps: float) -> float:
     wide = torch.complex128 if a.is_complex() else torch.float64
     a, b = a.cpu().to(wide), b.cpu().to(wide)
     if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a[a.isinf()], b[b.isinf()]):

@@ -157,7 +157,11 @@ def _records(path: str, thing: Any) -> Iterator[_Record]:
     if isinstance(thing, torch.jit.ScriptModule):
         yield _Flag(path, thing, thing.training)
     elif isinstance(thing, Tensor):
-        yield _Tensor(path, thing)
+        yield _Data(path, thing)
+        yield _RequiresGrad(path, thing, thing.requires_grad)
+        yield _TensorHooks(path, thing, thing._backward_hooks)
+        if thing.is_leaf:  # reading the gradient of other tensors warns
+            yield _Grad(path, thing, thing.grad)
     elif isinstance(thing, dict):
         yield _Mapping(path, thing, dict(thing))
     elif isinstance(thing, (list, set, collections.deque)):
@@ -250,30 +254,79 @@ class _Generator:
         self.thing.set_state(self.was)
 
 
-class _Tensor:
+class _Data:
     """Which memory a tensor looks at and how; the bytes themselves are kept by `_Memory`."""
 
-    __slots__ = ("data", "grad", "layout", "path", "requires_grad", "thing")
+    __slots__ = ("data", "layout", "path", "thing")
 
     def __init__(self, path: str, thing: Tensor) -> None:
         self.path, self.thing = path, thing
         self.data, self.layout = _data(thing), _layout(thing)
-        self.requires_grad = thing.requires_grad
-        self.grad = thing.grad if thing.is_leaf else None
 
     def changed(self) -> bool:
-        thing = self.thing
-        grad = thing.grad if thing.is_leaf else None
-        return grad is not self.grad or thing.requires_grad != self.requires_grad or _layout(thing) != self.layout
+        return _layout(self.thing) != self.layout
 
     def restore(self) -> None:
-        if _layout(self.thing) != self.layout:
-            if self.thing.is_leaf:
-                self.thing.grad = None  # a gradient of another dtype or shape would refuse the data
-            self.thing.data = self.data
+        grad = self.thing.grad if self.thing.is_leaf else None
+        if grad is not None:
+            self.thing.grad = None  # of another dtype or shape, it would refuse the data
+        self.thing.data = self.data
+        if grad is not None:
+            _give_grad(self.thing, grad)
+
+
+@dataclass(slots=True)
+class _RequiresGrad:
+    path: str
+    thing: Tensor
+    was: bool
+
+    def changed(self) -> bool:
+        return self.thing.requires_grad != self.was
+
+    def restore(self) -> None:
         if self.thing.is_leaf:
-            self.thing.requires_grad_(self.requires_grad)
-            self.thing.grad = self.grad
+            self.thing.requires_grad_(self.was)
+
+
+@dataclass(slots=True)
+class _Grad:
+    path: str
+    thing: Tensor
+    was: Tensor | None
+
+    def changed(self) -> bool:
+        return self.thing.grad is not self.was
+
+    def restore(self) -> None:
+        if self.was is None:
+            self.thing.grad = None
+        else:
+            _give_grad(self.thing, self.was)
+
+
+def _give_grad(thing: Tensor, grad: Tensor) -> None:
+    """A gradient must fit its tensor; whether that was so at the time of the snapshot, its own record settles later."""
+    if grad.layout == torch.strided:
+        grad.data = grad.data.to(thing.data) if grad.shape == thing.shape else torch.empty_like(thing.data)
+    elif grad.dtype != thing.dtype or grad.device != thing.device:
+        grad.data = grad.data.to(device=thing.device, dtype=thing.dtype)
+    thing.grad = grad
+
+
+@dataclass(slots=True)
+class _TensorHooks:
+    """Hooks of a tensor live in a dictionary that is made with the first of them."""
+
+    path: str
+    thing: Tensor
+    was: dict[int, Any] | None
+
+    def changed(self) -> bool:
+        return self.thing._backward_hooks is not self.was
+
+    def restore(self) -> None:
+        self.thing._backward_hooks = self.was
 
 
 class _Memory:
@@ -389,9 +442,20 @@ class _Digest:
         if t.device.type == "meta" or not _storages(t):
             return
         for part in _parts(data):
-            flat = part.resolve_conj().resolve_neg().contiguous().cpu().reshape(-1)
             self.add(part.stride(), math.prod(part.shape))
+            if not _backed(part):
+                continue
+            # A copy, because numpy() would leave the model's own storage unable to be resized, as sharding does.
+            flat = part.resolve_conj().resolve_neg().contiguous().cpu().reshape(-1).clone()
             self.hash.update(flat.view(torch.uint8).numpy().tobytes())
+
+
+def _backed(t: Tensor) -> bool:
+    """Whether the memory is there: sharding and offloading shrink the storage under a living tensor."""
+    if t.numel() == 0:
+        return False
+    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size() <= t.untyped_storage().nbytes()
 
 
 def state_hash(model: Module, *, rng: bool = False) -> str:

@@ -1,0 +1,10 @@
+"""The command line: arguments in, exit code out.
+
+Exit codes: 0 fine, 1 findings, 2 usage or loading error, 3 internal error or state not restored. Results go to stdout,
+progress and errors to stderr.
+"""
+
+from normscope.cli import demo, doctor
+from normscope.cli.group import main
+
+__all__ = ["demo", "doctor", "main"]

@@ -1,0 +1,100 @@
+"""The group of all commands: exit codes, messages, progress."""
+
+from __future__ import annotations
+
+import io
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+import normscope as ns
+from normscope.errors import NormscopeError
+
+__all__ = ["FINDINGS", "INTERNAL_ERROR", "USAGE_ERROR", "main", "progress"]
+
+FINDINGS, USAGE_ERROR, INTERNAL_ERROR, INTERRUPTED = 1, 2, 3, 130
+
+
+class _Group(click.Group):
+    """A group whose commands end with our exit codes instead of a traceback for what the user can mend."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NormscopeError as error:
+            click.echo(f"{_their_traceback(error)}error: {error}", err=True)
+            ctx.exit(getattr(error, "exit_code", USAGE_ERROR))
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception:
+            click.echo(f"internal error in normscope {ns.__version__}:\n{traceback.format_exc()}", err=True)
+            ctx.exit(INTERNAL_ERROR)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of use instead of the alphabet."""
+        return list(self.commands)
+
+
+def _their_traceback(error: NormscopeError) -> str:
+    """Where the user's own code raised what this error is about, without our frames; "" if it did not."""
+    cause = error.__cause__
+    if cause is None:
+        return ""
+    ours = (str(Path(ns.__file__).parent), sysconfig.get_path("stdlib"), "<frozen importlib")
+    shown = traceback.TracebackException.from_exception(cause)
+    frames = [f for f in shown.stack if not f.filename.startswith(ours)]
+    theirs = [f for f in frames if "site-packages" not in f.filename]
+    if not theirs and not isinstance(cause, SyntaxError):
+        return ""
+    shown.stack[:] = frames
+    shown.__cause__ = shown.__context__ = None
+    return "".join(shown.format(chain=False))
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        click.echo(f"normscope {ns.__version__} (torch {metadata.version('torch')}, Python {sys.version.split()[0]})")
+        ctx.exit()
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Print the versions of normscope, torch and Python.",
+)
+def main() -> None:
+    """Normalization for PyTorch as one idea.
+
+    Start with "normscope demo": what Batch Normalization does to a small network, what goes wrong with it, and how that
+    is found and mended. Then "normscope check" on a model of yours.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows only ASCII still gets the numbers
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr, silent where stderr is no terminal; yields `tell(done, total, what)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)

@@ -1,0 +1,272 @@
+"""`check`: one examination from loader to report, which leaves the model bit for bit as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parameter import is_lazy
+
+from normscope.doctor import gates, judge
+from normscope.doctor.cache import generators, read
+from normscope.doctor.fix import Ward, level
+from normscope.doctor.measurements import Layer, Measurements
+from normscope.doctor.patient import Patient
+from normscope.doctor.probe import Callables, Probe
+from normscope.doctor.report import Report, UnhealthyError
+from normscope.doctor.rules import RULES, Judgement, Rule
+from normscope.doctor.thresholds import DEFAULTS
+from normscope.errors import ArgumentError, NormscopeError
+from normscope.records import CheckRecord, Finding, Machine, NormRow, Score, Severity
+from normscope.surgery import Snapshot, state_hash
+
+__all__ = ["StateNotRestoredError", "assert_healthy", "check", "rule_pages"]
+
+# Share of the budget after which reading the loader ends.
+READING = 0.15
+SEED = 0
+
+
+class StateNotRestoredError(NormscopeError, RuntimeError):
+    """NRM904: the doctor left the model otherwise than it found it; its findings are void."""
+
+
+def check(
+    model: Module,
+    loader: Iterable[Any],
+    *,
+    forward: Callable[[Module, Any], Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    metric: Callable[[Any, Any], Any] | None = None,
+    optimizer: Any = None,
+    train_step: Callable[[Module, Any, Any], Any] | None = None,
+    evaluate: Callable[[Module], Any] | None = None,
+    predict: Callable[[Module, Any], Any] | None = None,
+    roundtrip: Callable[[Module], Module] | None = None,
+    reference: Module | None = None,
+    intent: Iterable[str] = (),
+    select: Iterable[str] | str | None = None,
+    ignore: Iterable[str] | str | None = None,
+    budget: float = 60,
+    device: str | torch.device | None = None,
+) -> Report:
+    """Find normalization trouble, its layers, its cost and its cure. The model is bit for bit the same afterwards.
+
+    The loader is read once into a bounded cache, which is dealt out to three splits: A diagnoses, B verifies, C
+    confirms a fix. Hand over the model in the mode in which it is used: rules about training and freezing look at it.
+
+    Args:
+        model: The model.
+        loader: An iterable of batches: a DataLoader, a generator, a list.
+        forward: `forward(model, batch)`; by default the model gets the first element of the batch, or a dictionary's
+            entries by name.
+        loss: `loss(output, batch)`, one number per sample.
+        metric: `metric(output, batch)`, higher is better, one number per sample or one per batch. Without loss and
+            metric, class scores with whole-number labels are scored by cross entropy and accuracy, which a note says.
+        optimizer: For train_step; a copy is used.
+        train_step: `train_step(model, batch, optimizer)`, run three times on a copy.
+        evaluate: `evaluate(model)`; whether it changes the model is looked at.
+        predict: `predict(model, inputs)`, the path used in production.
+        roundtrip: `roundtrip(model)`, your save and load; its buffers are compared.
+        reference: Another model: the one that this one averages or follows, its follower, or it before a change.
+        intent: Declared intentions, e.g. "gan-batchstats-test": alarms about them become "intentional".
+        select: Codes or their beginnings, e.g. "NRM2"; all by default.
+        ignore: The same, left out.
+        budget: Seconds; fewer samples are taken where it is short.
+        device: Where to run; by default where the model is.
+
+    Raises:
+        ArgumentError: An argument is of the wrong kind, or the model cannot run on the loader's batches.
+        DataError: The loader is empty or raises before its first batch.
+        StateNotRestoredError: The model could not be brought back.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).eval()
+        >>> ns.check(model, [torch.randn(8, 4) for _ in range(6)])["NRM101"].status
+        'pass'
+    """
+    start = time.monotonic()
+    user = Callables(forward, loss, metric, optimizer, train_step, evaluate, predict, roundtrip, reference)
+    _check_arguments(model, user, budget)
+    run, declared = judge.chosen(select, ignore), judge.check_intents(intent)
+    place = None if device is None else torch.device(device)
+    with _unharmed(model, reference, loader) as (before, home):
+        cache = read(loader, budget * READING)
+        patient = Patient(model, forward, loss, metric, _device(model, place))
+        if place is not None:
+            model.to(place)
+        probe = Probe(patient, home, user, cache, DEFAULTS, SEED, start, budget)
+        measured = probe.run()
+    judged = judge.verdicts_of(measured, run, declared, DEFAULTS)
+    record = _record(probe, measured, judged, before, declared, start)
+    ward = Ward(model, probe.splits, patient, reference, measured.best_estimator, DEFAULTS, SEED)
+    return Report(record, measured, ward)
+
+
+def assert_healthy(model: Module, loader: Iterable[Any], *, fail_on: Severity = "E", **options: Any) -> Report:
+    """Check a model inside a test: raise where a finding is at this severity or above.
+
+    Args:
+        model: The model.
+        loader: As in `check`.
+        fail_on: "E", "W" or "I".
+        **options: As in `check`.
+
+    Raises:
+        UnhealthyError: An AssertionError that lists the findings.
+    """
+    report = check(model, loader, **options)
+    if not report.passed(fail_on):
+        first = report.findings[0]
+        cure = first.remedies[0].text if first.remedies else "see the findings"
+        raise UnhealthyError(f"the model is not healthy\n{report}", cure=cure)
+    return report
+
+
+def rule_pages() -> dict[str, str]:
+    """The page of every rule, by code."""
+    return {code: f"{code} {RULES[code].name}\n\n{RULES[code].page}" for code in sorted(RULES)}
+
+
+@contextlib.contextmanager
+def _unharmed(model: Module, reference: Module | None, loader: Iterable[Any]) -> Iterator[tuple[str, Snapshot]]:
+    """Bring everything back whatever happens, and prove it (NRM904)."""
+    others = [] if reference is None or reference is model else [reference]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(generators(loader))
+        before = state_hash(model, rng=True)
+        others_before = [state_hash(other) for other in others]
+        for other in others:
+            stack.enter_context(Snapshot(other, rng=False))
+        yield before, stack.enter_context(Snapshot(model))
+    changed = state_hash(model, rng=True) != before
+    if changed or [state_hash(other) for other in others] != others_before:
+        raise StateNotRestoredError(
+            "NRM904: the model is not bit for bit what it was before the check",
+            cure="this is a bug of normscope: please report it; load the model again before using it",
+        )
+
+
+def _check_arguments(model: Any, user: Callables, budget: float) -> None:
+    if not isinstance(model, Module):
+        raise ArgumentError(
+            f"the model must be a torch.nn.Module, but it is a {type(model).__name__}", cure="build it first"
+        )
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(tensor) for tensor in tensors):
+        raise ArgumentError("the model has lazy parameters that are not initialized", cure="run one forward first")
+    if any(tensor.device.type == "meta" for tensor in tensors):
+        raise ArgumentError("the model lies on the meta device, without values", cure="load it with its weights first")
+    for field in dataclasses.fields(user):
+        value = getattr(user, field.name)
+        if field.name not in ("optimizer", "reference") and value is not None and not callable(value):
+            raise ArgumentError(
+                f"{field.name} must be callable, but it is a {type(value).__name__}", cure="pass a function"
+            )
+    if user.reference is not None and not isinstance(user.reference, Module):
+        raise ArgumentError("reference must be a torch.nn.Module", cure="pass the other model, not its state_dict")
+    if user.train_step is None and user.optimizer is not None:
+        raise ArgumentError("an optimizer without train_step is not used", cure="pass train_step, too")
+    if not budget > 0:
+        raise ArgumentError(f"budget must be positive, but got {budget}", cure="seconds; 60 by default")
+
+
+def _device(model: Module, device: torch.device | None) -> torch.device | None:
+    if device is not None:
+        return device
+    return next((t.device for t in (*model.parameters(), *model.buffers())), None)
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def _record(
+    probe: Probe,
+    m: Measurements,
+    judged: list[tuple[Rule, Judgement]],
+    before: str,
+    intent: tuple[str, ...],
+    start: float,
+) -> CheckRecord:
+    findings = judge.findings_of(judged, m)
+    causes = {f.code: f.explained_by for f in findings}
+    patient = probe.patient
+    kinds = sorted({layer.kind for layer in m.layers})
+    return CheckRecord(
+        model=type(patient.model).__name__,
+        norms=tuple((kind, sum(layer.kind == kind for layer in m.layers)) for kind in kinds),
+        samples=sum(probe.splits.samples),
+        splits=probe.splits.samples,
+        batches_read=m.loader.read,
+        batches_used=sum(m.batches),
+        seconds=time.monotonic() - start,
+        budget=float(probe.budget),
+        seed=probe.seed,
+        device=str(patient.device or "cpu"),
+        noise_floor=m.repeat,
+        scores=tuple(_score(name, m) for name in m.outcomes),
+        reading=gates.reading(m.outcomes, m.chance, probe.thresholds),
+        cost=m.recalibrated.cost,
+        findings=findings,
+        verdicts=tuple(judge.verdict(rule, j, causes.get(rule.code, "")) for rule, j in judged),
+        layers=tuple(_row(layer, m, findings) for layer in m.layers),
+        passes=tuple(patient.passes),
+        thresholds=probe.thresholds.table(),
+        settings=_settings(probe, intent),
+        notes=_notes(probe, m),
+        before=before,
+        restored=True,
+        machine=Machine.measure(),
+    )
+
+
+def _score(name: str, m: Measurements) -> Score:
+    outcome = m.outcomes[name]
+    metric = None if outcome.metric is None else gates.mean_interval(outcome.metric, "metric")
+    loss = None if outcome.loss is None else level(dataclasses.replace(outcome, metric=None))
+    return Score(name, metric, loss, outcome.samples)
+
+
+def _row(layer: Layer, m: Measurements, findings: tuple[Finding, ...]) -> NormRow:
+    drift, own, design = m.drift.get(layer.name), m.own.get(layer.name), m.design.get(layer.name)
+    sites = [site for site in m.sites if site.layer == layer.name]
+    return NormRow(
+        name=layer.name,
+        kind=layer.kind,
+        mode="frozen" if layer.held else "train" if layer.training else "eval",
+        calls=len(sites),
+        values=sites[0].values if sites else None,
+        delta=None if drift is None else gates.median_size(drift.delta),
+        rho=None if drift is None else gates.median_size(drift.rho),
+        drifted=None if drift is None else drift.share,
+        noise=None if own is None or len(own.means) < 3 else gates.noise_energy(own, layer.eps),
+        design_effect=None if design is None else design[0],
+        explains=m.shares.get(layer.name),
+        codes=tuple(f.code for f in findings if layer.name in f.layers),
+    )
+
+
+def _settings(probe: Probe, intent: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    given = [f.name for f in dataclasses.fields(probe.user) if getattr(probe.user, f.name) is not None]
+    scored = probe.patient.inferred or ", ".join(n for n in ("loss", "metric") if n in given) or "nothing"
+    return (("scored by", scored), ("passed", ", ".join(given) or "nothing"), ("intent", ", ".join(intent) or "none"))
+
+
+def _notes(probe: Probe, m: Measurements) -> tuple[str, ...]:
+    notes = [*probe.cache.notes, *probe.notes]
+    if not m.layers:
+        notes.append("the model has no normalizers that are known here")
+    if probe.patient.inferred:
+        notes.append(f"scored by {probe.patient.inferred}; pass loss= or metric= for others")
+    if m.score_problem:
+        notes.append(f"no cost could be measured: {m.score_problem}")
+    if m.batch_problem:
+        notes.append(f"batch statistics could not be used: {m.batch_problem}")
+    return tuple(notes)

@@ -1,0 +1,197 @@
+"""Repaired models as checkpoints: the state_dict, and the operations that a state_dict cannot hold.
+
+Only tensors, numbers and text are in the file, so that `torch.load(weights_only=True)` reads it. Statistics are in the
+state_dict; being frozen, a momentum or a new buffer are not, and are done again before it is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from normscope.errors import ArgumentError, DataError
+from normscope.records import FixRecord
+from normscope.surgery import find, freeze, set_momentum
+
+__all__ = ["load", "restore", "save"]
+
+FORMAT = 1
+# Where the state_dict lies in checkpoints of others.
+NESTS = ("state_dict", "model_state_dict", "model")
+SHOWN = 5
+
+
+def save(model: Module, fix: FixRecord, path: str | os.PathLike[str]) -> None:
+    """Write a repaired model: `{"normscope": {"format", "operations"}, "state_dict"}`.
+
+    Args:
+        model: The repaired model.
+        fix: What was done to it.
+        path: The file; written whole or not at all.
+    """
+    operations = [
+        {
+            "code": t.remedy.code,
+            "rule": t.rule,
+            "safety": t.remedy.safety,
+            "text": t.remedy.text,
+            "layers": list(t.layers),
+        }
+        for t in fix.applied
+    ]
+    body = {"normscope": {"format": FORMAT, "operations": operations}, "state_dict": model.state_dict()}
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        torch.save(body, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(builder: Callable[[], Module], path: str | os.PathLike[str]) -> Module:
+    """A model as a checkpoint has it: built, the checkpoint's operations done again, its state_dict loaded.
+
+    Raises:
+        ArgumentError: The checkpoint does not fit the model.
+        DataError: It cannot be read.
+    """
+    model = builder()
+    restore(model, path)
+    return model
+
+
+def restore(model: Module, path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Load a checkpoint into a model, and return what a user should know about it.
+
+    Reads what `save` wrote, a plain state_dict, and one under "state_dict", "model_state_dict" or "model".
+
+    Raises:
+        ArgumentError: The checkpoint does not fit the model; missing buffers are forgiven, for they are what a check
+            may be about.
+        DataError: It cannot be read.
+    """
+    body = _read(path)
+    state = _state(body, path)
+    notes = [_replay(model, operation) for operation in _operations(body)]
+    known = model.state_dict()
+    if state and all(name.startswith("module.") for name in state) and not any(n.startswith("module.") for n in known):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+        notes.append("the prefix 'module.' of DataParallel was taken off the checkpoint's names")
+    missing = [name for name in known if name not in state]
+    lost = [name for name in missing if name in dict(model.named_parameters(remove_duplicate=False))]
+    surplus = [name for name in state if name not in known]
+    if lost or surplus:
+        raise ArgumentError(
+            f"{Path(path).name} does not fit the model",
+            **{k: v for k, v in {"missing": _some(lost), "unexpected": _some(surplus)}.items() if v},
+            cure="build the model with which the checkpoint was saved",
+        )
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise ArgumentError(
+            f"{Path(path).name} does not fit the model: {lines[min(1, len(lines) - 1)].strip()}",
+            cure="build the model with which the checkpoint was saved",
+        ) from None
+    if missing:
+        notes.append(f"the checkpoint has no {_some(missing)}: the model keeps its own")
+    return tuple(note for note in notes if note)
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}", cure="check the path") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{Path(path).name} cannot be read: {reason}",
+            cure="save it with torch.save(model.state_dict(), path); objects other than tensors are not unpickled, "
+            "because that could run any code",
+        ) from None
+
+
+def _state(body: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    for nest in (None, *NESTS):
+        inner = body if nest is None else body.get(nest) if isinstance(body, Mapping) else None
+        if isinstance(inner, Mapping) and inner and all(isinstance(value, Tensor) for value in inner.values()):
+            return dict(inner)
+    raise DataError(
+        f"{Path(path).name} holds no state_dict",
+        cure=f"save it with torch.save(model.state_dict(), path), or under one of {', '.join(NESTS)}",
+    )
+
+
+def _operations(body: Any) -> Sequence[Mapping[str, Any]]:
+    ours = body.get("normscope") if isinstance(body, Mapping) else None
+    if not isinstance(ours, Mapping):
+        return ()
+    if ours.get("format") != FORMAT:
+        raise DataError(
+            f"the checkpoint has format {ours.get('format')}, this version reads {FORMAT}", cure="update normscope"
+        )
+    return tuple(ours.get("operations", ()))
+
+
+# --- operations that a state_dict cannot hold -------------------------------------------------------------------------
+
+
+def _freeze(model: Module, layers: list[str]) -> None:
+    freeze(model, select=layers)
+
+
+def _momentum(model: Module, layers: list[str]) -> None:
+    set_momentum(model, 0.1, select=layers)
+
+
+def _track(model: Module, layers: list[str]) -> None:
+    for found in find(model, layers):
+        found.module.track_running_stats = True
+    freeze(model, select=layers)
+
+
+def _give(model: Module, layers: list[str]) -> None:
+    for found in find(model, layers):
+        module = found.module
+        if getattr(module, "running_mean", None) is None:
+            like = next(model.parameters(), torch.empty(0))
+            size = module.num_features
+            module.track_running_stats = True
+            module.running_mean = torch.zeros(size, device=like.device, dtype=like.dtype)
+            module.running_var = torch.ones(size, device=like.device, dtype=like.dtype)
+            module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=like.device)
+
+
+_REPLAY: dict[str, Callable[[Module, list[str]], None]] = {
+    "freeze": _freeze,
+    "recal-freeze": _freeze,
+    "momentum": _momentum,
+    "track-flag": _track,
+    "give-statistics": _give,
+}
+# Their result lies in the state_dict.
+_STORED = ("recal", "copy-buffers")
+
+
+def _replay(model: Module, operation: Mapping[str, Any]) -> str:
+    code, layers = str(operation.get("code")), [str(name) for name in operation.get("layers", ())]
+    if code in _REPLAY:
+        _REPLAY[code](model, layers)
+        return f"done again: {operation.get('text')}"
+    if code not in _STORED:
+        raise DataError(f"the checkpoint's operation {code!r} is unknown here", cure="update normscope")
+    return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

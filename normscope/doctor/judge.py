@@ -1,0 +1,152 @@
+"""From measurements to verdicts and findings: all rules, declared intents, causes before symptoms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from normscope.doctor.measurements import Measurements
+from normscope.doctor.remedies import REMEDIES
+from normscope.doctor.rules import RULES, Judgement, Rule
+from normscope.doctor.rules import base as rules
+from normscope.doctor.thresholds import Thresholds
+from normscope.errors import ArgumentError
+from normscope.records import Fact, Finding, Verdict
+
+__all__ = ["chosen", "findings_of", "known_intents", "verdicts_of"]
+
+_ORDER = {"E": 0, "W": 1, "I": 2}
+_UNKNOWN_INTENTS = ("bn-frozen-throughout", "teacher-train-mode", "ghost-bn", "split-bn", "zero-init-residual")
+
+
+def known_intents() -> tuple[str, ...]:
+    """Every intent that can be declared."""
+    return tuple(sorted({i for rule in RULES.values() for i in rule.intents} | set(_UNKNOWN_INTENTS)))
+
+
+def chosen(select: Iterable[str] | str | None, ignore: Iterable[str] | str | None) -> tuple[Rule, ...]:
+    """The rules to run: those whose code begins with a selected prefix, without those of an ignored one."""
+    wanted, unwanted = _prefixes(select, "select"), _prefixes(ignore, "ignore")
+    kept = [code for code in sorted(RULES) if not wanted or code.startswith(wanted)]
+    return tuple(RULES[code] for code in kept if not (unwanted and code.startswith(unwanted)))
+
+
+def _prefixes(given: Iterable[str] | str | None, name: str) -> tuple[str, ...]:
+    prefixes = (given,) if isinstance(given, str) else tuple(given or ())
+    for prefix in prefixes:
+        if not any(code.startswith(prefix) for code in RULES):
+            raise ArgumentError(
+                f"{name} {prefix!r} matches no rule",
+                cure=f"use a code or its beginning: NRM1, NRM203; the rules are {', '.join(sorted(RULES))}",
+            )
+    return prefixes
+
+
+def check_intents(intent: Iterable[str]) -> tuple[str, ...]:
+    """The declared intents; an unknown one raises ArgumentError."""
+    declared = (intent,) if isinstance(intent, str) else tuple(intent)
+    for one in declared:
+        if one not in known_intents():
+            raise ArgumentError(f"intent {one!r} is unknown", cure=f"use one of {', '.join(known_intents())}")
+    return declared
+
+
+def verdicts_of(
+    m: Measurements, run: Iterable[Rule], intent: tuple[str, ...], t: Thresholds
+) -> list[tuple[Rule, Judgement]]:
+    """What every rule says; an alarm under a declared intent becomes intentional and keeps its numbers."""
+    judged = []
+    for rule in run:
+        judgement = rules.judge(rule, m, t)
+        declared = [one for one in intent if one in rule.intents]
+        if declared and judgement.status in ("fail", "warn"):
+            reason = f"{judgement.reason} (declared: {declared[0]})"
+            judgement = dataclasses.replace(judgement, status="intentional", reason=reason)
+        judged.append((rule, judgement))
+    return judged
+
+
+def findings_of(judged: list[tuple[Rule, Judgement]], m: Measurements) -> tuple[Finding, ...]:
+    """The alarms as findings: the worst first, each cause before what it explains."""
+    alarms = {rule.code: (rule, j) for rule, j in judged if j.severity is not None}
+    made = [_finding(rule, j, _cause(rule, j, alarms), m) for rule, j in alarms.values()]
+    by_code = {f.code: f for f in made}
+
+    def rank(f: Finding) -> tuple[int, int, float, str]:
+        top = _root(f, by_code)
+        gain = -(top.cost.value if top.cost is not None else 0.0)
+        worst = min(_ORDER[x.severity] for x in made if _root(x, by_code).code == top.code)
+        return worst, 0, gain, top.code
+
+    ordered = sorted(made, key=lambda f: (*rank(f), f.explained_by != "", _depth(f, by_code), f.code))
+    return tuple(ordered)
+
+
+def _root(f: Finding, by_code: dict[str, Finding]) -> Finding:
+    seen = {f.code}
+    while f.explained_by in by_code and f.explained_by not in seen:
+        f = by_code[f.explained_by]
+        seen.add(f.code)
+    return f
+
+
+def _depth(f: Finding, by_code: dict[str, Finding]) -> int:
+    depth, seen = 0, {f.code}
+    while f.explained_by in by_code and f.explained_by not in seen:
+        f = by_code[f.explained_by]
+        seen.add(f.code)
+        depth += 1
+    return depth
+
+
+def _cause(rule: Rule, j: Judgement, alarms: dict[str, tuple[Rule, Judgement]]) -> str:
+    """The alarm that explains this one: a known cause at half of its layers or more."""
+    best, share = "", 0.0
+    for code in rule.causes:
+        if code not in alarms or not j.layers:
+            continue
+        cause = alarms[code][1]
+        # Information is no cause of an alarm that was felt.
+        if _ORDER[cause.severity or "I"] > _ORDER[j.severity or "I"] and cause.severity == "I":
+            continue
+        # What is wrong in one layer reaches the layers behind it, but not the other way round.
+        overlap = len(set(cause.layers) & set(j.layers)) / len(set(j.layers))
+        if code == "NRM304":
+            overlap = max(overlap, 0.5)
+        if overlap >= 0.5 and overlap > share:
+            best, share = code, overlap
+    return best
+
+
+def _finding(rule: Rule, j: Judgement, cause: str, m: Measurements) -> Finding:
+    known = [m.shares[name] for name in j.layers if name in m.shares]
+    return Finding(
+        code=rule.code,
+        name=rule.name,
+        severity=j.severity or "I",
+        layers=j.layers,
+        message=j.reason,
+        facts=facts(j),
+        cost=j.cost,
+        remedies=tuple(REMEDIES[code].record(rule.code) for code in j.remedies if _offered(code, m)),
+        explained_by=cause,
+        explains=min(1.0, max(known)) if known and rule.code in ("NRM102", "NRM103", "NRM104") else None,
+    )
+
+
+def _offered(code: str, m: Measurements) -> bool:
+    return code != "copy-buffers" or (m.reference is not None and not m.reference.problem)
+
+
+def facts(j: Judgement) -> tuple[Fact, ...]:
+    """The evidence as records."""
+    return tuple(
+        Fact(name, None, value) if isinstance(value, str) else Fact(name, float(value))
+        for name, value in j.facts.items()
+    )
+
+
+def verdict(rule: Rule, j: Judgement, cause: str) -> Verdict:
+    """The judgement as a record."""
+    reason = f"{j.reason} (explained by {cause})" if cause else j.reason
+    return Verdict(rule.code, rule.name, j.status, reason, j.layers, facts(j), j.cost)

@@ -1,0 +1,483 @@
+"""The passes, in order and within the budget: from a patient to measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn import functional as F
+
+from normscope.doctor import gates
+from normscope.doctor.cache import Batch, Cache, Splits, few_of, regroup, split, thin
+from normscope.doctor.measurements import Effect, Layer, Measurements, Moments, Outcome
+from normscope.doctor.patient import Patient, Statistics
+from normscope.doctor.scan import (
+    Tracer,
+    average_without_buffers,
+    difference,
+    fed_frozen,
+    infinite_weights,
+    layers_of,
+)
+from normscope.doctor.thresholds import Thresholds
+from normscope.doctor.user import bare, dependence, evaluate_once, reference_facts, round_trip, take_steps
+from normscope.errors import ArgumentError
+from normscope.surgery import Snapshot
+
+__all__ = ["Callables", "Probe", "statistics_of"]
+
+# Forwards per batch of each split: two with hooks in A, four in B.
+COST_PER_TRIPLE = 7.0
+# Shares of the budget: what planning may promise, and where the search for layers must have ended.
+PLANNED = 0.6
+ATTRIBUTION_ENDS = 0.85
+CANDIDATES = 8
+ATTRIBUTION_BATCHES = 8
+SMALL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Callables:
+    """What the user passed besides model and loader."""
+
+    forward: Callable[[Module, Any], Any] | None = None
+    loss: Callable[[Any, Any], Any] | None = None
+    metric: Callable[[Any, Any], Any] | None = None
+    optimizer: Any = None
+    train_step: Callable[[Module, Any, Any], Any] | None = None
+    evaluate: Callable[[Module], Any] | None = None
+    predict: Callable[[Module, Any], Any] | None = None
+    roundtrip: Callable[[Module], Module] | None = None
+    reference: Module | None = None
+
+
+def statistics_of(moments: dict[str, Moments], estimator: str) -> Statistics:
+    """Running statistics as an estimator makes them from the moments of a pass on batch statistics."""
+    made = {}
+    for name, m in moments.items():
+        total = m.sizes.sum()
+        var = m.var * total / max(total - 1, 1) if estimator == "population" else m.mean_of_vars
+        mean = m.mean if estimator == "population" else m.means.mean(axis=0)
+        made[name] = (torch.from_numpy(np.asarray(mean)), torch.from_numpy(np.asarray(var)))
+    return made
+
+
+@dataclass(slots=True)
+class Probe:
+    """One examination.
+
+    Attributes:
+        patient: The model.
+        home: The model as it was handed over.
+        user: The user's callables.
+        cache: The batches.
+        thresholds: Of the gates.
+        seed: Of all random draws.
+        deadline: When the budget is spent.
+        notes: What a reader must know.
+    """
+
+    patient: Patient
+    home: Snapshot
+    user: Callables
+    cache: Cache
+    thresholds: Thresholds
+    seed: int
+    start: float
+    budget: float
+    splits: Splits = field(init=False)
+    notes: list[str] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.splits = split(self.cache.batches, self.seed)
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.budget - (time.monotonic() - self.start)
+
+    def run(self) -> Measurements:
+        """All passes; the caller brings the model back."""
+        found, model = self.found, self.patient.model
+        found["layers"] = layers_of(model, self.home)
+        found["training"] = bool(model.training)
+        found["learns"] = any(p.requires_grad for p in model.parameters())
+        found["average"] = average_without_buffers(model)
+        found["infinite_weights"] = infinite_weights(model)
+        found["loader"] = self.cache.facts
+        self._as_handed_over()
+        self._trace()
+        self._plan()
+        self._states()
+        self._attribute()
+        self._reference()
+        found["batches"] = (len(self.splits.a), len(self.splits.b), len(self.splits.c))
+        found["traced_size"] = self.cache.batches[0].size
+        found["batch_size"] = max((batch.size for batch in self.cache.batches), default=0)
+        return Measurements(**found)
+
+    # --- as handed over: before anything changes a mode -----------------------------------------------------------
+
+    def _as_handed_over(self) -> None:
+        user, model, first = self.user, self.patient.model, self.cache.batches[0]
+        if user.evaluate is not None:
+            self.found["mutation"] = evaluate_once(model, user.evaluate, self.home)
+        if user.train_step is not None:
+            with self.home:
+                batches = self.splits.a or self.cache.batches
+                self.found["steps"] = take_steps(model, batches, user.train_step, user.optimizer, self.patient.device)
+        if user.roundtrip is not None:
+            with self.home:
+                self.found["roundtrip"] = round_trip(self.patient, self.found["layers"], user.roundtrip, first)
+        frozen = any(not p.requires_grad for p in model.parameters())
+        if frozen and any(layer.training or not layer.keeps_mode for layer in self.found["layers"]):
+            with self.home:
+                fed = fed_frozen(self.patient, first)
+            layers = self.found["layers"]
+            self.found["layers"] = tuple(dataclasses.replace(x, fed_frozen=fed.get(x.name)) for x in layers)
+        if user.predict is not None:
+            with self.home:
+                self.found["dependence"] = dependence(self.patient, few_of(first), user.predict)
+            self._score_prediction()
+
+    def _score_prediction(self) -> None:
+        """The user's own path on split B, if loss or metric can read what it returns."""
+        predict = self.user.predict
+        if predict is None or (self.patient.loss is None and self.patient.metric is None) or not self.splits.b:
+            return
+        twin = dataclasses.replace(self.patient, forward=lambda model, data: predict(model, _input(data)))
+        try:
+            with self.home, torch.no_grad():
+                self.found.setdefault("outcomes", {})["predict"] = twin.score("predict", self.splits.b)
+        except Exception as error:
+            self.notes.append(f"predict could not be scored: {type(error).__name__}: {error}")
+
+    # --- P1 -------------------------------------------------------------------------------------------------------
+
+    def _trace(self) -> None:
+        """One traced forward with a clock, and a few samples twice, which shows the repeat noise."""
+        patient, first = self.patient, self.cache.batches[0]
+        tracer = Tracer(patient.model)
+        with patient.evaluating():
+            start = time.monotonic()
+            try:
+                with tracer.attached():
+                    output, data = patient.run(first)
+            except Exception as error:
+                raise _cannot_run(error, patient.forward is not None) from error
+            self.found["second"] = time.monotonic() - start
+            self.found["repeat"] = self._repeat(first)
+        self.found["sites"] = tuple(tracer.sites)
+        self.found["functional"] = tuple(tracer.calls)
+        reached = {site.layer for site in tracer.sites}
+        self.found["unreached"] = tuple(x.name for x in self.found["layers"] if x.name not in reached and not x.script)
+        self._infer(output, data)
+        if "dependence" not in self.found:
+            with self.home:
+                self.found["dependence"] = dependence(patient, few_of(first), None)
+
+    def _repeat(self, first: Batch) -> float | None:
+        """The relative difference of two runs of a few samples with other random numbers."""
+        outputs = []
+        few = few_of(first)
+        for seed in (self.seed, self.seed + 1):
+            torch.manual_seed(seed)
+            try:
+                outputs.append(self.patient.run(few)[0])
+            except Exception:
+                few = first  # a batch that cannot be cut
+                outputs.append(self.patient.run(few)[0])
+        return difference(*outputs)
+
+    def _infer(self, output: Any, data: Any) -> None:
+        """Where nothing was passed, class scores with whole-number labels are taken for what they look like."""
+        patient = self.patient
+        if patient.loss is not None or patient.metric is not None or not _is_classification(output, data):
+            return
+        patient.loss, patient.metric = _cross_entropy, _hits
+        patient.inferred = "cross entropy and accuracy, inferred from class scores and whole-number labels"
+
+    # --- the plan -------------------------------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """Take as many batches as the budget allows, evenly from all splits."""
+        per_batch = max(self.found.pop("second"), 1e-6)
+        affordable = max(1, int(self.left * PLANNED / (per_batch * COST_PER_TRIPLE)))
+        longest = max(len(self.splits.a), 1)
+        if affordable < longest:
+            a, b, c = (thin(part, affordable) for part in (self.splits.a, self.splits.b, self.splits.c))
+            self.splits = Splits(a, b, c)
+            used = sum(self.splits.samples)
+            self.notes.append(
+                f"the budget of {self.budget:g} s allows {used} samples; a larger one sees smaller effects"
+            )
+
+    # --- P2 to P4 -------------------------------------------------------------------------------------------------
+
+    def _states(self) -> None:
+        patient, splits, t = self.patient, self.splits, self.thresholds
+        unfit: list[Batch] = []
+        with patient.evaluating():
+            seen = patient.measure("P2 evaluation, statistics (A)", splits.a, samples=True, unfit=unfit)
+        self._leave_out(unfit)
+        self.found["seen"] = seen
+        self.found["unreached"] = tuple(n for n in self.found["unreached"] if n not in seen)
+        self.found["design"] = gates.design_effect(seen, t, self.seed)
+        own = self._own()
+        self.found["own"] = own
+        usable = tuple(layer for layer in self.found["layers"] if layer.name in own)
+        self.found["drift"] = gates.drifts(usable, own, t, self.seed)
+        if own:
+            self.found["estimators"] = max(_estimator_gap(m) for m in own.values())
+        self._score_states(own)
+
+    def _leave_out(self, unfit: list[Batch]) -> None:
+        """Go on without the batches on which the model fails; its first one it has passed."""
+        if unfit and len(unfit) < len(self.cache.batches):
+            parts = (self.splits.a, self.splits.b, self.splits.c)
+            self.splits = Splits(*(tuple(batch for batch in part if batch not in unfit) for part in parts))
+            places = ", ".join(str(batch.index) for batch in unfit[:5])
+            self.notes.append(
+                f"batches on which the model fails were left out: {len(unfit)}, among them number {places}"
+            )
+
+    def _own(self) -> dict[str, Moments]:
+        """Inputs with all normalizers on batch statistics; what is not finite is left out."""
+        unfit: list[Batch] = []
+        with self.patient.on_batches():
+            own = self.patient.measure("P4 batch statistics (A)", self.splits.a, unfit=unfit)
+        if unfit:
+            # Mostly a last batch of one sample; what its size cannot do in A it cannot do in B.
+            least = max(batch.size for batch in unfit)
+            if own and least < max(batch.size for batch in self.splits.a):
+                self._leave_out([x for part in (self.splits.a, self.splits.b) for x in part if x.size <= least])
+            else:
+                self.found["batch_problem"] = self.patient.problem
+        return {n: m for n, m in own.items() if np.isfinite(m.means).all() and np.isfinite(m.vars).all()}
+
+    def _score_states(self, own: dict[str, Moments]) -> None:
+        patient, b, t = self.patient, self.splits.b, self.thresholds
+        outcomes: dict[str, Outcome] = self.found.setdefault("outcomes", {})
+        if patient.loss is None and patient.metric is None:
+            self.found["score_problem"] = "neither loss nor metric was passed"
+        elif not b:
+            self.found["score_problem"] = "the loader has one batch; two are needed to verify on other samples"
+        if self.found.get("score_problem"):
+            return
+        unfit: list[Batch] = []
+        with patient.evaluating():
+            outcomes["eval"] = patient.score("P2 evaluation (B)", b, unfit=unfit)
+        self._leave_out(unfit)
+        b = self.splits.b
+        self._most_frequent(b)
+        if own:
+            self._score_recalibrated(own, outcomes)
+        if "predict" in outcomes:
+            self.found["predicted"] = gates.effect(outcomes["predict"], outcomes["eval"], t, self.seed)
+        elif self.found["dependence"].layers and "batch_problem" not in self.found:
+            self._score_small(outcomes)
+        if "recalibrated" in outcomes:
+            now, other = outcomes["eval"], outcomes["recalibrated"]
+            self.found["recalibrated"] = gates.effect(now, other, t, self.seed)
+            self.found["needed"] = gates.needed(now, other, t)
+        if self._at_chance(outcomes):
+            self.notes.append("no state of the model is better than chance at these labels: the cost tells nothing")
+            self.found |= {"recalibrated": Effect(), "batch": Effect(), "small": Effect(), "predicted": Effect()}
+
+    def _most_frequent(self, batches: Sequence[Batch]) -> None:
+        """The accuracy of always answering the most frequent label."""
+        if self.patient.inferred and batches:
+            labels = torch.cat([batch.data[1].flatten() for batch in batches])
+            self.found["chance"] = float(torch.bincount(labels.cpu()).max()) / len(labels)
+
+    def _at_chance(self, outcomes: dict[str, Outcome]) -> bool:
+        """Whether a guessed accuracy is no better than chance in any state: the labels may be none."""
+        chance = self.found.get("chance")
+        if chance is None:
+            return False
+        best = max(float(o.metric.mean()) for o in outcomes.values() if o.metric is not None)
+        error = math.sqrt(chance * (1 - chance) / max(1, outcomes["eval"].samples))
+        return bool(best <= chance + 3 * error)
+
+    def _score_recalibrated(self, own: dict[str, Moments], outcomes: dict[str, Outcome]) -> None:
+        patient, b, t = self.patient, self.splits.b, self.thresholds
+        estimators = ["population"] + (["mean"] if self.found["estimators"] > 0.01 else [])
+        tried = {}
+        for estimator in estimators:
+            with patient.with_statistics(statistics_of(own, estimator)):
+                tried[estimator] = patient.score(f"P4 recalibrated, {estimator} (B)", b)
+        best = max(tried, key=lambda name: gates.quality(tried[name]))
+        self.found["best_estimator"] = best
+        outcomes["recalibrated"] = tried[best]
+        try:
+            with patient.on_batches():
+                outcomes["batch statistics"] = patient.score("P3 batch statistics (B)", b)
+        except (ValueError, RuntimeError) as error:
+            self.found["batch_problem"] = str(error).splitlines()[0]
+            return
+        self.found["batch"] = gates.effect(outcomes["eval"], outcomes["batch statistics"], t, self.seed)
+        self.found["small"] = gates.effect(outcomes["batch statistics"], outcomes["recalibrated"], t, self.seed)
+
+    def _score_small(self, outcomes: dict[str, Outcome]) -> None:
+        """A model whose evaluation depends on the batch: the same samples in batches of two."""
+        pairs = tuple(
+            Batch(batch.index, regroup(batch.data, batch.size, [k, k + 1]), 2)
+            for batch in thin(self.splits.b, ATTRIBUTION_BATCHES)
+            for k in range(0, batch.size - 1, SMALL)
+        )
+        whole = tuple(
+            Batch(
+                batch.index,
+                regroup(batch.data, batch.size, list(range(batch.size - batch.size % 2))),
+                batch.size - batch.size % 2,
+            )
+            for batch in thin(self.splits.b, ATTRIBUTION_BATCHES)
+            if batch.size > 1
+        )
+        try:
+            with self.patient.evaluating():
+                small = self.patient.score("evaluation in batches of two (B)", pairs)
+                large = self.patient.score("evaluation in whole batches (B)", whole)
+        except (ValueError, RuntimeError):
+            return
+        outcomes["batches of two"] = small
+        self.found["predicted"] = gates.effect(small, large, self.thresholds, self.seed)
+
+    # --- P5 -------------------------------------------------------------------------------------------------------
+
+    def _attribute(self) -> None:
+        """Which layers carry the loss: recalibrate one after the other, from the worst drift on."""
+        effect: Effect = self.found.get("recalibrated", Effect())
+        drift = self.found["drift"]
+        names = sorted((n for n, d in drift.items() if d.share > 0), key=lambda n: (-drift[n].share, -_size(drift[n])))
+        if not effect.harmful or not names:
+            return
+        patient, b = self.patient, thin(self.splits.b, ATTRIBUTION_BATCHES)
+        statistics = statistics_of(self.found["own"], self.found["best_estimator"])
+
+        def level(only: list[str]) -> float:
+            with patient.with_statistics(statistics, only):
+                return gates.quality(patient.score(f"P5 attribution, {len(only)} layers (B)", b))
+
+        low, high = level([]), level(list(statistics))
+        if not high > low:
+            return
+        shares: dict[str, float] = {}
+        together: list[str] = []
+        for name in names[:CANDIDATES]:
+            if self.left < self.budget * (1 - ATTRIBUTION_ENDS):
+                self.notes.append("the search for the layers that carry the cost ended with the budget")
+                break
+            together.append(name)
+            shares[name] = (level([name]) - low) / (high - low)
+            if len(together) > 1 and (level(together) - low) / (high - low) >= self.thresholds.explained:
+                break
+            if shares[name] >= self.thresholds.explained:
+                break
+        self.found["shares"] = shares
+
+    # --- the other model ------------------------------------------------------------------------------------------
+
+    def _reference(self) -> None:
+        other = self.user.reference
+        if other is None:
+            return
+        layers, others = self.found["layers"], layers_of(other)
+        facts = reference_facts(self.patient.model, layers, other, others)
+        if not facts.problem and "eval" in self.found.get("outcomes", {}):
+            facts = dataclasses.replace(
+                facts,
+                copied=self._with_buffers_of(self.patient, layers, others, self.found["outcomes"]["eval"]),
+                theirs=self._theirs(other, layers, others),
+            )
+        self.found["reference"] = facts
+
+    def _with_buffers_of(
+        self, patient: Patient, layers: tuple[Layer, ...], others: tuple[Layer, ...], now: Outcome
+    ) -> Effect:
+        source = {
+            bare(x.name): (torch.from_numpy(x.mean), torch.from_numpy(x.var))
+            for x in others
+            if x.mean is not None and x.var is not None
+        }
+        statistics = {
+            x.name: source[bare(x.name)]
+            for x in layers
+            if bare(x.name) in source and x.mean is not None and x.mean.size == source[bare(x.name)][0].numel()
+        }
+        with patient.with_statistics(statistics):
+            outcome = patient.score("buffers of the reference (B)", self.splits.b)
+        return gates.effect(now, outcome, self.thresholds, self.seed)
+
+    def _theirs(self, other: Module, layers: tuple[Layer, ...], others: tuple[Layer, ...]) -> Effect:
+        twin = dataclasses.replace(self.patient, model=other)
+        try:
+            with Snapshot(other):
+                with twin.evaluating():
+                    now = twin.score("reference, evaluation (B)", self.splits.b)
+                return self._with_buffers_of(twin, others, layers, now)
+        except Exception as error:
+            self.notes.append(f"the reference could not be run: {type(error).__name__}: {error}")
+            return Effect()
+
+
+def _input(data: Any) -> Any:
+    return data[0] if isinstance(data, (tuple, list)) and data else data
+
+
+def _size(drift: Any) -> float:
+    known = drift.delta[np.isfinite(drift.delta)]
+    return float(np.abs(known).mean()) if len(known) else math.inf
+
+
+def _estimator_gap(m: Moments) -> float:
+    """The median relative difference of the two estimators' variances."""
+    with np.errstate(all="ignore"):
+        ratio = np.abs(m.var / m.mean_of_vars - 1)
+    ratio = ratio[np.isfinite(ratio)]
+    return float(np.median(ratio)) if len(ratio) else 0.0
+
+
+def _cannot_run(error: Exception, custom: bool) -> ArgumentError:
+    what = "forward(model, batch)" if custom else "the model"
+    half = " The model may be in half precision while the loader yields float32." if "dtype" in str(error) else ""
+    return ArgumentError(
+        f"{what} raised {type(error).__name__} on the loader's first batch: {error}",
+        cure="pass forward=lambda model, batch: … that runs in model.eval()." + half,
+    )
+
+
+# --- what class scores and labels look like ---------------------------------------------------------------------------
+
+
+def _is_classification(output: Any, data: Any) -> bool:
+    labels = data[1] if isinstance(data, (tuple, list)) and len(data) > 1 else None
+    return (
+        isinstance(output, Tensor)
+        and isinstance(labels, Tensor)
+        and output.is_floating_point()
+        and output.dim() == 2
+        and output.shape[1] > 1
+        and labels.dtype in (torch.int64, torch.int32, torch.uint8)
+        and labels.shape == output.shape[:1]
+        and int(labels.min()) >= 0
+        and int(labels.max()) < output.shape[1]
+    )
+
+
+def _cross_entropy(output: Tensor, data: Any) -> Tensor:
+    return F.cross_entropy(output.float(), data[1].to(output.device).long(), reduction="none")
+
+
+def _hits(output: Tensor, data: Any) -> Tensor:
+    hits: Tensor = output.argmax(1) == data[1].to(output.device)
+    return hits.double()

@@ -1,0 +1,106 @@
+"""What a check returns: findings, verdicts, the record that pages are made of, and the fix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.nn import Module
+
+from normscope import records
+from normscope.doctor.fix import FixReport, Ward, treat
+from normscope.doctor.measurements import Measurements
+from normscope.errors import ArgumentError, NormscopeError
+from normscope.records import CheckRecord, Finding, Severity, Verdict
+
+__all__ = ["Report", "UnhealthyError"]
+
+_ORDER = {"E": 0, "W": 1, "I": 2}
+
+
+class UnhealthyError(NormscopeError, AssertionError):
+    """`assert_healthy` found something at the given severity or above."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Report:
+    """The result of `normscope.check`.
+
+    Attributes:
+        record: Everything as one frozen record, which text, page and JSON are made of.
+        measurements: The numbers that the rules judged; not part of the JSON.
+    """
+
+    record: CheckRecord
+    measurements: Measurements
+    _ward: Ward = field(repr=False)
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The alarms, worst first, every cause before what it explains."""
+        return self.record.findings
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """What every rule says, passes included."""
+        return self.record.verdicts
+
+    @property
+    def model(self) -> Module:
+        """The checked model."""
+        return self._ward.model
+
+    def __getitem__(self, code: str) -> Verdict:
+        for verdict in self.verdicts:
+            if verdict.code == code:
+                return verdict
+        raise KeyError(f"{code} did not run; these did: {', '.join(v.code for v in self.verdicts)}")
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
+
+    def passed(self, fail_on: Severity = "E") -> bool:
+        """Whether no finding is at this severity or above.
+
+        Args:
+            fail_on: "E", "W" or "I".
+        """
+        if fail_on not in _ORDER:
+            raise ArgumentError(f"fail_on {fail_on!r} is no severity", cure="use one of E, W, I")
+        return all(_ORDER[finding.severity] > _ORDER[fail_on] for finding in self.findings)
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the record as JSON; `normscope.records.from_json(CheckRecord, text)` reads it back without loss."""
+        Path(path).write_text(records.to_json(self.record), encoding="utf-8")
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the record as one self-contained page."""
+        from normscope.report.html import render_check  # drawing is only paid for where it is asked for
+
+        Path(path).write_text(render_check(self.record), encoding="utf-8")
+
+    def fix(self, unsafe: bool = False) -> FixReport:
+        """Apply what helps, in place: each remedy is kept only if split B shows that it helps, C confirms the whole.
+
+        Args:
+            unsafe: Also try remedies that change behaviour (S2).
+        """
+        return treat(self._ward, self.record, unsafe)
+
+    def __repr__(self) -> str:
+        count = {s: sum(f.severity == s for f in self.findings) for s in "EWI"}
+        return f"Report({self.record.model}: {count['E']} E, {count['W']} W, {count['I']} I)"
+
+    def __str__(self) -> str:
+        lines = [repr(self), self.record.reading]
+        for finding in self.findings:
+            indent = "    └ " if finding.explained_by else "  "
+            cost = "" if finding.cost is None else f"  [{_cost(finding.cost)}]"
+            lines.append(f"{indent}{finding.severity} {finding.code} {finding.name}: {finding.message}{cost}")
+        return "\n".join(line for line in lines if line)
+
+
+def _cost(cost: records.Interval) -> str:
+    return f"costs {cost.value:.3g} {cost.unit} ({cost.low:.3g} to {cost.high:.3g})"

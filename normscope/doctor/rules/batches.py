@@ -1,0 +1,165 @@
+"""3xx: what the batches are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from normscope.doctor import gates
+from normscope.doctor.measurements import Grade, Measurements, Moments
+from normscope.doctor.rules.base import Judgement, alarm, failed, fine, lower, rule, short, unfit
+from normscope.doctor.thresholds import Thresholds
+
+__all__: list[str] = []
+
+
+def _training_layers(m: Measurements) -> set[str]:
+    """Normalizers that use batch statistics in training."""
+    if m.steps is not None and not m.steps.problem:
+        return {x.name for x in m.layers if x.name in m.steps.trained and x.kind in ("BatchNorm", "InstanceNorm")}
+    return {x.name for x in m.layers if x.training and not x.held and x.kind in ("BatchNorm", "InstanceNorm")}
+
+
+@rule("NRM301", "too-few-values")
+def too_few(m: Measurements, t: Thresholds) -> Judgement:
+    """A statistic over one, two or four values.
+
+    What it measures: the values per statistic at every call of a normalizer in training mode, for the regular batch
+    and for the last one.
+    Why it hurts: one value raises "Expected more than 1 value per channel" at the end of an epoch (pytorch#7716);
+    of two only the order survives: the output is ±γ.
+    Threshold: 1 and 2 are errors, up to 4 a warning.
+    Evidence: layer, values, which batch.
+    Fixes: drop-last [S3]; bigger-batch [S3]; a normalizer without batch axis there [S2].
+    Intentional when: never.
+    Known false alarms: a model in evaluation mode is silent; so is a small batch with large maps.
+    Fixture: defect: 65 samples in batches of 64, pooling to 1×1 at batch 2; near-miss: the same in evaluation mode.
+    """
+    layers = _training_layers(m)
+    if not layers:
+        return unfit("no normalizer uses batch statistics in training mode")
+    sites = [site for site in m.sites if site.layer in layers and site.shape]
+    if not sites:
+        return unfit("no normalizer in training mode was reached")
+    last = _last_batch(m)
+    sizes = [(float(max(m.batch_size, 1)), "every batch")] + ([(float(last), "the last batch")] if last else [])
+    batch_norms = {x.name for x in m.layers if x.kind == "BatchNorm"}
+    found: dict[str, tuple[float, str]] = {}
+    for site in sites:
+        for size, which in sizes:
+            n = site.values * (size / max(m.traced_size, 1) if site.layer in batch_norms else 1)
+            if n <= t.values_warning and n < found.get(site.layer, (np.inf, ""))[0]:
+                found[site.layer] = (n, which)
+    if not found:
+        return fine("every statistic has enough values")
+    names = sorted(found, key=lambda name: found[name][0])
+    n, which = found[names[0]]
+    grade: Grade = "E" if n <= t.values_error else "W"
+    harm = "which raises in training" if n <= 1 else "of which only the order survives" if n <= 2 else "which is noise"
+    reason = f"{which} brings {n:g} values per statistic to {short(names)}, {harm}"
+    facts: dict[str, float | str] = {"values": n, "batch": which, "batch size": float(m.batch_size)}
+    if last is not None:
+        facts["last batch"] = float(last)
+    remedies = ("drop-last", "replace-norm") if which == "the last batch" else ("bigger-batch", "replace-norm")
+    return alarm(grade, reason, names, facts, None, remedies)
+
+
+def _last_batch(m: Measurements) -> int | None:
+    """Samples in the incomplete last batch; None where there is none or it cannot be known."""
+    loader = m.loader
+    if loader.samples is not None and loader.batch and loader.drop_last is not None:
+        rest = loader.samples % loader.batch
+        return None if loader.drop_last or rest == 0 else rest
+    return loader.last if loader.last is not None and loader.last < m.batch_size else None
+
+
+@rule("NRM302", "small-batch-noise", causes=("NRM304",))
+def small_batches(m: Measurements, t: Thresholds) -> Judgement:
+    """Batches so small that their statistics are noise.
+
+    What it measures: the energy ‖y_B − y_∞‖²/‖y_∞‖² that normalizing by batches of this size adds, median over
+    channels, by layer; and the effective number of values, σ²/Var(batch mean), in which correlated pixels count
+    less.
+    Why it hurts: at batch 2 BatchNorm costs 10.6 points on ImageNet (Wu & He 2018); detectors at batch 4 fail
+    (Yet-Another-EfficientDet-Pytorch#675).
+    Threshold: 5 % (about 30 effective values) and 20 % (8); then the loss on batch statistics against recalibrated
+    ones.
+    Evidence: noise and effective values by layer.
+    Fixes: bigger-batch [S3], SyncBatchNorm; freeze [S1] if pretrained; replace-norm [S2]. Not recal: weights have
+    adapted to the noise.
+    Intentional when: never.
+    Known false alarms: a model in evaluation mode only evaluates in small batches: information.
+    Fixture: defect: batches of 2 from scratch; near-miss: batches of 2 with 128×128 maps, or fully frozen.
+    """
+    kinds = {x.name: x for x in m.layers if x.kind == "BatchNorm" and x.running and not x.held}
+    data = {name: m.own[name] for name in kinds if name in m.own and len(m.own[name].means) > 2}
+    if not kinds:
+        return unfit("no batch normalization with running statistics")
+    if not data:
+        return failed(m.batch_problem or "fewer than three batches")
+    noise = {name: gates.noise_energy(x, kinds[name].eps) for name, x in data.items()}
+    high = {name: e for name, e in noise.items() if e >= t.noise_warning}
+    if not high:
+        return fine("batches are large enough", {"largest noise": max(noise.values())})
+    names = sorted(high, key=lambda name: -high[name])
+    effective = _effective(data[names[0]])
+    facts = {"noise": high[names[0]], "effective values": effective, "batch size": float(m.batch_size)}
+    reason = f"batch statistics add {high[names[0]]:.0%} noise in {short(names)}: {effective:.0f} effective values"
+    trains = bool(_training_layers(m) & set(high))
+    if not trains:
+        return alarm("I", f"{reason}; harmless in evaluation mode", names, facts, m.small, ("bigger-batch",))
+    grade = gates.severity(True, True, m.small) or "I"
+    if high[names[0]] < t.noise_error:
+        grade = lower(grade, "W")
+    return alarm(grade, reason, names, facts, m.small, ("bigger-batch", "freeze-norms", "replace-norm"))
+
+
+def _effective(data: Moments) -> float:
+    spread = data.means.var(axis=0, ddof=1)
+    with np.errstate(all="ignore"):
+        ratio = data.var / spread
+    ratio = ratio[np.isfinite(ratio)]
+    return float(np.median(ratio)) if len(ratio) else 0.0
+
+
+@rule("NRM304", "non-iid-batches")
+def grouped(m: Measurements, t: Thresholds) -> Judgement:
+    """Samples of a batch resemble each other more than samples of different batches.
+
+    What it measures: Kish's design effect D = 1 + (B − 1)·ICC of the samples' channel means across the loader's
+    batches, median over channels, largest over layers; the null regroups the same samples at random.
+    Why it hurts: a batch of one class or video has the statistics of that class; running averages hold the last
+    ones (openpifpaf#308).
+    Threshold: p < 0.005 and D ≥ 1.3; an error from 2 on, where the effective batch is halved. Shuffled loaders:
+    0.89–1.11.
+    Evidence: D by layer.
+    Fixes: shuffle [S3]; recal [S1] with shuffled batches.
+    Intentional when: never.
+    Known false alarms: an ordered evaluation loader with the model in evaluation mode: information.
+    Fixture: defect: sorted by label, shuffle=False; near-miss: stratified batches.
+    """
+    known = {name: d for name, d in m.design.items() if np.isfinite(d[0])}
+    if not m.seen:
+        return unfit("no normalizer with running statistics was reached")
+    if not known:
+        return failed("fewer than two batches, or one sample per batch")
+    names = sorted(
+        (n for n, (d, p) in known.items() if d >= t.design_warning and p < t.design_p), key=lambda n: -known[n][0]
+    )
+    if not names:
+        return fine("batches are mixed like random ones", {"largest design effect": max(d for d, _ in known.values())})
+    d, p = known[names[0]]
+    facts = {"design effect": d, "p": p, "effective batch": m.batch_size / d}
+    reason = f"samples of a batch belong together: design effect {d:.1f} in {short(names)}"
+    if m.trains:
+        grade = gates.severity(True, True, m.small) or "I"
+        # In training the grouping enters every update, whatever this pass could show of it.
+        grade = "W" if grade == "I" else grade
+        return alarm(
+            grade if d >= t.design_error else lower(grade, "W"), reason, names, facts, m.small, ("shuffle", "recal")
+        )
+    drifted = m.recalibrated.harmful and any(x.beyond for x in m.drift.values())
+    if drifted:
+        return alarm(
+            "W", f"{reason}, and running statistics are off", names, facts, m.recalibrated, ("shuffle", "recal")
+        )
+    return alarm("I", f"{reason}; harmless in evaluation mode", names, facts, None, ("shuffle",))

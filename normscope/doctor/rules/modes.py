@@ -1,0 +1,208 @@
+"""2xx: training and evaluation mode, freezing."""
+
+from __future__ import annotations
+
+from normscope.doctor.measurements import Grade, Measurements
+from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, short, unfit
+from normscope.doctor.thresholds import Thresholds
+
+__all__: list[str] = []
+
+_TRACKING = ("BatchNorm", "Norm", "InstanceNorm")
+
+
+@rule("NRM201", "batch-dependent-inference", causes=("NRM210",), intents=("gan-batchstats-test", "transductive-meta"))
+def batch_dependent(m: Measurements, t: Thresholds) -> Judgement:
+    """The answer about a sample changes with the samples around it.
+
+    What it measures: the output of samples with others around them, in another order, in halves of the batch and
+    alone, through `predict` as it is used, else in evaluation mode; and which normalizers used batch statistics
+    there.
+    Why it hurts: a forgotten eval(): results depend on batch size and order (ganomaly#83).
+    Threshold: more than 10 times the model's own repeat noise and 1e-3 (half precision: 1e-2).
+    Evidence: the change, flipped classes, the normalizers, the cost against evaluation mode.
+    Fixes: eval-mode [S3]: eval() in predict; where evaluation mode is worse, see NRM103.
+    Intentional when: `gan-batchstats-test`, `transductive-meta`.
+    Known false alarms: dropout left on is random, not dependent, and stays below its own noise.
+    Fixture: defect: predict without eval(); near-miss: dropout left on.
+    """
+    d = m.dependence
+    if d is None:
+        return failed("not measured")
+    if d.problem:
+        return failed(d.problem)
+    limit = max(t.dependence_half if d.half else t.dependence, t.dependence_noise * d.noise)
+    functional = [call.where for call in m.functional if call.batch]
+    facts: dict[str, float | str] = {"relative change": d.change, "repeat noise": d.noise, "path": d.path}
+    if d.flips is not None:
+        facts["share of changed classes"] = d.flips
+    dependent = d.change > limit or (bool(d.alone) and bool(d.layers))
+    if not dependent:
+        return fine(f"answers do not depend on the batch ({d.path})", facts)
+    layers = (*d.layers, *functional)
+    if not layers:
+        return fine("outputs depend on the batch, but no normalizer used batch statistics", facts)
+    if d.alone:
+        facts["a sample alone"] = d.alone
+    grade = m.predicted.grade if m.predicted.harmful and m.predicted.grade is not None else "W"
+    reason = f"in {d.path} the answer about a sample changes by {d.change:.1%} with its batch: {short(layers)}"
+    return alarm(grade, reason, layers, facts, m.predicted, ("eval-mode", "give-statistics"))
+
+
+@rule("NRM203", "half-frozen", intents=("tta-bn/adabn",))
+def half_frozen(m: Measurements, _: Thresholds) -> Judgement:
+    """Weights are frozen and statistics are not.
+
+    What it measures: normalizers in training mode whose γ, β and all weights before them require no gradient; with
+    train_step, whether their buffers move in three steps on a copy.
+    Why it hurts: `requires_grad=False` does not stop running statistics; a feature extractor taken for frozen
+    drifts with every batch (lightly#1438).
+    Threshold: any movement; without train_step the flags alone.
+    Evidence: layers, movement in σ.
+    Fixes: recal-freeze [S1] where they have drifted; freeze [S1], which survives train().
+    Intentional when: `tta-bn/adabn`: statistics are meant to follow the data.
+    Known false alarms: a momentum of 0 moves nothing and is silent.
+    Fixture: defect: requires_grad_(False) on the backbone, train(); near-miss: the same with momentum 0.
+    """
+    layers = [x for x in m.layers if x.running and x.kind in _TRACKING and not x.held]
+    if not layers:
+        return unfit("no normalizer updates running statistics")
+    first = m.sites[0].layer if m.sites else ""
+    # A first layer without parameters normalizes the input: nothing before it could be frozen.
+    frozen = [x for x in layers if x.fed_frozen and (x.learns is False or (x.learns is None and x.name != first))]
+    if not frozen:
+        return fine("no normalizer lies in a frozen part")
+    steps = m.steps if m.steps is not None and not m.steps.problem else None
+    if steps is not None:
+        names = [x.name for x in frozen if steps.moved.get(x.name, 0.0) > 0]
+    else:
+        names = [x.name for x in frozen if x.training and x.momentum != 0 and x.tracks is not False]
+    if not names:
+        return fine("the statistics of the frozen part stand still")
+    moved = sorted((steps.moved[n] for n in names), reverse=True) if steps is not None else []
+    facts: dict[str, float | str] = {"layers": float(len(names))}
+    if moved:
+        facts["median movement in σ"] = moved[len(moved) // 2]
+    tail = f", they moved {moved[len(moved) // 2]:.2g} σ in 3 steps" if moved else ""
+    reason = f"weights are frozen, statistics of {len(names)} normalizers are not{tail}: {short(names)}"
+    # In a model without any trainable weight nothing is being trained: the state is odd, and harmless so far.
+    grade: Grade = "W" if m.learns or steps is not None else "I"
+    drifted = any(m.drift[n].beyond for n in names if n in m.drift)
+    if drifted and grade == "W" and m.recalibrated.grade == "E":
+        grade = "E"
+    remedies = ("recal-freeze", "freeze") if drifted else ("freeze",)
+    return alarm(grade, reason, names, facts, m.recalibrated if drifted else None, remedies)
+
+
+@rule("NRM204", "freeze-does-not-survive-train", causes=("NRM203",))
+def freeze_undone(m: Measurements, _: Thresholds) -> Judgement:
+    """Frozen normalizers that the next train() puts back into training mode.
+
+    What it measures: normalizers in evaluation mode, without gradients, that are in training mode after
+    model.train().
+    Why it hurts: freezing sets eval once, the loop calls train() every epoch, and the status still says frozen
+    (chemprop#952).
+    Threshold: exact.
+    Evidence: the layers.
+    Fixes: freeze [S1], which survives train().
+    Intentional when: never.
+    Known false alarms: a loop that sets the modes itself: pass train_step, which is then asked in place of the
+    flags.
+    Fixture: defect: eval once in __init__; clean: an override of train(); near-miss: a loop that restores the
+    modes.
+    """
+    layers = [x for x in m.layers if x.running and x.kind in _TRACKING and x.learns is not True]
+    held = [x for x in layers if not x.training]
+    if not held or not m.learns:
+        return unfit("no normalizer is frozen in evaluation mode while other weights learn")
+    names = [x.name for x in held if not x.keeps_mode and not x.held]
+    if not names:
+        return fine("frozen normalizers stay in evaluation mode when the model trains")
+    if m.steps is not None and not m.steps.problem:
+        trained = [n for n in names if n in m.steps.trained]
+        if not trained:
+            return fine("the training step keeps frozen normalizers in evaluation mode")
+        names = trained
+    reason = f"the next train() puts frozen normalizers back into training mode: {short(names)}"
+    return alarm("W" if m.training else "I", reason, names, {"layers": float(len(names))}, None, ("freeze",))
+
+
+@rule("NRM205", "track-flag-toggled")
+def track_flag(m: Measurements, _: Thresholds) -> Judgement:
+    """track_running_stats is off while the running statistics are there.
+
+    What it measures: track_running_stats False with running_mean present.
+    Why it hurts: training then normalizes by the batch and evaluation by the old buffers: on the same input a
+    "frozen" layer puts out mean 0 and deviation 1 in one mode, mean 5 and deviation 3 in the other
+    (pytorch-lightning#15062).
+    Threshold: exact.
+    Evidence: the layers.
+    Fixes: freeze [S1], which also sets the flag back.
+    Intentional when: never; a layer built with False has no buffers, see NRM210.
+    Known false alarms: none known.
+    Fixture: defect: set the flag on a trained layer; clean: build the layer with it.
+    """
+    layers = [x for x in m.layers if x.kind in ("BatchNorm", "InstanceNorm") and x.tracks is not None]
+    if not layers:
+        return unfit("no normalizer has the flag")
+    # For InstanceNorm the flag also decides evaluation: both modes then agree.
+    names = [x.name for x in layers if x.tracks is False and x.mean is not None and x.kind == "BatchNorm"]
+    if not names:
+        return fine("flags and buffers agree")
+    reason = f"track_running_stats is off and the buffers are there: training and evaluation differ in {short(names)}"
+    return alarm("E", reason, names, {"layers": float(len(names))}, m.recalibrated, ("track-flag",))
+
+
+@rule("NRM208", "evaluation-mutates-state")
+def evaluation_mutates(m: Measurements, _: Thresholds) -> Judgement:
+    """The user's evaluation changes buffers of the model.
+
+    What it measures: every buffer before and after evaluate(model), with the modes as the model was handed over.
+    Why it hurts: a forward in training mode under no_grad moves running statistics; a model summary cost 3 % of
+    top-1 (torchinfo#21).
+    Threshold: any change.
+    Evidence: the buffers.
+    Fixes: eval-mode [S3]: eval() before, the old mode after; no_grad is not enough.
+    Intentional when: never.
+    Known false alarms: counters kept in buffers of the model.
+    Fixture: defect: evaluate under no_grad in training mode; clean: with eval().
+    """
+    if m.mutation is None:
+        return absent("evaluate=: the function that evaluates the model")
+    if m.mutation.problem:
+        return failed(m.mutation.problem)
+    if not m.mutation.buffers:
+        return fine("evaluation leaves all buffers alone", {"modules left in another mode": float(m.mutation.modes)})
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in m.mutation.buffers))
+    facts: dict[str, float | str] = {"buffers": float(len(m.mutation.buffers)), "first": m.mutation.buffers[0]}
+    reason = f"evaluate() changed {len(m.mutation.buffers)} buffers: {short(layers)}"
+    return alarm("E", reason, layers, facts, None, ("eval-mode",))
+
+
+@rule("NRM210", "no-inference-statistics", intents=("transductive-meta", "gan-batchstats-test"))
+def no_statistics(m: Measurements, _: Thresholds) -> Judgement:
+    """Batch normalization that has nothing to normalize by in evaluation.
+
+    What it measures: BatchNorm without buffers, or a functional batch_norm that uses batch statistics in
+    evaluation.
+    Why it hurts: eval() changes nothing, answers depend on the batch, and one sample raises (pytorch#156051).
+    Threshold: exact.
+    Evidence: the layers and calls.
+    Fixes: give-statistics [S1]; a normalizer without batch axis [S2].
+    Intentional when: `transductive-meta`, `gan-batchstats-test`.
+    Known false alarms: none: declare the intent.
+    Fixture: defect: track_running_stats=False at construction; near-miss: the same with the intent.
+    """
+    layers = [x for x in m.layers if x.kind == "BatchNorm"]
+    calls = [call for call in m.functional if call.function == "batch_norm"]
+    if not layers and not calls:
+        return unfit("no batch normalization")
+    names = [x.name for x in layers if x.mean is None]
+    bad = list(dict.fromkeys(call.where for call in calls if call.batch))
+    if not names and not bad:
+        return fine("batch normalization has statistics for evaluation")
+    where = (*names, *bad)
+    reason = f"evaluation uses batch statistics: {short(where)}"
+    facts = {"layers": float(len(names)), "functional calls": float(len(bad))}
+    remedies = ("give-statistics", "replace-norm") if names else ("functional-batch-norm",)
+    return alarm("W", reason, where, facts, m.predicted, remedies)

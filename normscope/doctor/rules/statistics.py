@@ -1,0 +1,337 @@
+"""1xx and 602: running statistics that do not describe the data."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from normscope.doctor import gates
+from normscope.doctor.measurements import Array, Drift, Layer, Measurements
+from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, lower, rule, short, unfit
+from normscope.doctor.thresholds import Thresholds
+from normscope.doctor.user import is_initial
+
+__all__: list[str] = []
+
+
+def _running(m: Measurements) -> tuple[Layer, ...]:
+    return tuple(layer for layer in m.layers if layer.running and layer.mean is not None and layer.var is not None)
+
+
+@rule("NRM101", "non-finite-or-negative-statistics")
+def non_finite(m: Measurements, _: Thresholds) -> Judgement:
+    """Running statistics or affine parameters that are NaN, infinite, or a negative variance.
+
+    What it measures: NaN or infinity in running mean, running variance, γ, β; running variance below 0.
+    Why it hurts: one overflow in one batch enters the average and never leaves it, while the loss may recover:
+    after one infinite value and 200 good batches the variance is still NaN (pytorch#90342). Evaluation then answers
+    NaN.
+    Threshold: exact; a variance of exactly 0 or of 1e6 is silent.
+    Evidence: layers and channels; the share of output values that are not finite.
+    Fixes: recal [S1], refused while weights are not finite; skip the update on bad batches [S3].
+    Intentional when: never.
+    Known false alarms: none known.
+    Fixture: defect: one NaN, one infinity, or −1e-6 in a buffer; near-miss: variance 0 or 1e6.
+    """
+    bad: dict[str, int] = {}
+    for layer in m.layers:
+        broken = [~np.isfinite(v) for v in (layer.mean, layer.var, layer.weight, layer.bias) if v is not None]
+        negative = [] if layer.var is None else [layer.var < 0]
+        count = int(sum(np.count_nonzero(mask) for mask in (*broken, *negative)))
+        if count:
+            bad[layer.name] = count
+    if not m.layers:
+        return unfit("the model has no normalizers")
+    if not bad:
+        return fine(f"statistics and affine parameters of {len(m.layers)} normalizers are finite")
+    outcome = m.outcomes.get("eval")
+    facts = {"values": float(sum(bad.values())), "layers": float(len(bad))}
+    if outcome is not None:
+        facts["share of outputs not finite"] = outcome.infinite
+    remedies = ("skip-bad-batches",) if m.infinite_weights else ("recal", "skip-bad-batches")
+    names = sorted(bad, key=lambda name: -bad[name])
+    reason = f"{sum(bad.values())} values that are not finite, or variances below 0, in {short(names)}"
+    return alarm("E", reason, names, facts, m.recalibrated, remedies)
+
+
+@rule("NRM102", "statistics-never-tracked", causes=("NRM113", "NRM602"), intents=("caffe-folded-frozenbn",))
+def never_tracked(m: Measurements, _: Thresholds) -> Judgement:
+    """Running statistics that still are what the constructor wrote, in a model that was trained.
+
+    What it measures: running mean 0 and variance 1 in every channel, bit for bit, while other normalizers have
+    counted batches or β shows training.
+    Why it hurts: a checkpoint of `named_parameters()` has no buffers; evaluation then normalizes by nothing
+    (torch/nn#1165).
+    Threshold: exact for all channels; a chance coincidence is impossible.
+    Evidence: the layers; what evaluation costs against recalibrated statistics.
+    Fixes: load the state_dict with its buffers [S3]; copy-buffers [S1] with a reference; recal [S1].
+    Intentional when: `caffe-folded-frozenbn`: identity statistics whose scale lives in γ and β.
+    Known false alarms: a fresh network is silent; one whose β was initialized by hand is told apart by the measured
+    cost.
+    Fixture: defect: reload only `dict(model.named_parameters())`; near-miss: a fresh network, a folded
+    FrozenBatchNorm.
+    """
+    layers = [layer for layer in _running(m) if not (layer.held and layer.seen is None)]
+    if not layers:
+        return unfit("no normalizer keeps running statistics")
+    initial = [layer for layer in layers if is_initial(layer)]
+    if not initial or not _was_trained(layers):
+        return fine("every normalizer has statistics of its own" if not initial else "the model has not been trained")
+    names = [layer.name for layer in initial]
+    grade = gates.severity(True, True, m.recalibrated) or "W"
+    reason = f"{len(names)} of {len(layers)} normalizers still hold mean 0 and variance 1: {short(names)}"
+    facts = {"layers": float(len(names)), "of": float(len(layers))}
+    return alarm(grade, reason, names, facts, m.recalibrated, ("copy-buffers", "recal", "load-buffers"))
+
+
+def _was_trained(layers: tuple[Layer, ...] | list[Layer]) -> bool:
+    """Whether anything shows training: batches that were counted, or a β that moved."""
+    return any(layer.seen for layer in layers) or any(_trained(layer) for layer in layers)
+
+
+def _trained(layer: Layer) -> bool:
+    if layer.bias is not None:
+        return bool(layer.bias.any())
+    return layer.weight is not None and bool(np.ptp(layer.weight) > 0)
+
+
+@rule(
+    "NRM103",
+    "stale-statistics",
+    causes=("NRM101", "NRM102", "NRM104", "NRM106", "NRM113", "NRM203", "NRM205", "NRM304", "NRM602"),
+    intents=("tta-bn/adabn", "supernet", "recalibrating", "gan-batchstats-test"),
+)
+def stale(m: Measurements, t: Thresholds) -> Judgement:
+    """Running statistics that do not describe the activations of the model as it is.
+
+    What it measures: per channel δ = (running mean − data mean)/σ and ρ = ln(running variance/data variance), the
+    data seen with every other normalizer on batch statistics, so that a layer answers for itself only; a layer's
+    score is the share of channels with |δ| > 0.25 or |ρ| > ln 1.5. Then the model's loss against itself
+    recalibrated, on split B.
+    Why it hurts: evaluation computes another function than training did; losses of 3 to 66 points are on record
+    (discuss.pytorch.org/t/7146).
+    Threshold: 10 % of the channels; a healthy average jitters by √(m/(2−m)/B) σ, 0.041 at momentum 0.1 and batch
+    32. Beyond resampled healthy averages (99.9 %, false discoveries 1 %), and felt on split B (99 % interval).
+    Evidence: δ and ρ by layer, the cost, the few layers that explain 90 % of it.
+    Fixes: recal [S1]; then the cause, which 102, 104, 106, 113, 203 or 602 names.
+    Intentional when: `tta-bn/adabn`, `supernet`, `recalibrating`, `gan-batchstats-test`.
+    Known false alarms: a loader of other data than the model will meet: that is a shift, not a bug.
+    Fixture: defect: running mean of one layer + 0.5 σ; near-miss: + 0.05 σ, or 5 σ where γ ≈ 0.
+    """
+    if not _running(m):
+        return unfit("no normalizer keeps running statistics")
+    if not m.drift:
+        return failed(m.batch_problem or "no normalizer could be watched")
+    large = {n: d for n, d in m.drift.items() if d.share >= t.drift_share}
+    beyond = {n: d for n, d in large.items() if d.beyond}
+    if not beyond:
+        worst = max(m.drift.values(), key=lambda d: d.share)
+        return fine("running statistics describe the data", {"worst share of channels": worst.share})
+    if all(is_initial(m.layer(n)) for n in beyond) and not _was_trained(_running(m)):
+        return fine("the model has not been trained")
+    names = sorted(beyond, key=lambda n: (-m.shares.get(n, 0.0), -beyond[n].share, -_mean(beyond[n].delta)))
+    grade = gates.severity(True, True, m.recalibrated) or "I"
+    facts = _drift_facts(beyond, m)
+    felt = m.recalibrated.grade is not None and not m.recalibrated.harmful
+    tail = "; no measurable effect" if felt else ""
+    reason = f"{len(names)} of {len(m.drift)} normalizers hold statistics of other activations: {short(names)}{tail}"
+    return alarm(grade, reason, names, facts, m.recalibrated, ("recal",))
+
+
+def _mean(values: Array) -> float:
+    known = np.abs(values[np.isfinite(values)])
+    return float(known.mean()) if len(known) else math.inf
+
+
+def _drift_facts(drifts: dict[str, Drift], m: Measurements) -> dict[str, float | str]:
+    delta = np.concatenate([d.delta for d in drifts.values()])
+    rho = np.concatenate([d.rho for d in drifts.values()])
+    facts: dict[str, float | str] = {
+        "layers": float(len(drifts)),
+        "median |δ|": float(np.median(np.abs(delta))),
+        "median |ρ|": float(np.median(np.abs(rho))),
+        "largest share of channels": max(d.share for d in drifts.values()),
+    }
+    top = sorted(m.shares.items(), key=lambda item: -item[1])[:3]
+    facts |= {f"explained by {name or '(the model itself)'} alone": share for name, share in top}
+    if m.estimators > 0.01:
+        facts["estimators differ by"] = m.estimators
+    return facts
+
+
+@rule("NRM104", "ema-not-converged", causes=("NRM106",), intents=("recalibrating",))
+def not_converged(m: Measurements, t: Thresholds) -> Judgement:
+    """Running statistics that still hold much of their initial values.
+
+    What it measures: r = (1 − momentum)^k, the weight of the initial mean 0 and variance 1 after k batches.
+    Why it hurts: with a small momentum and few steps evaluation normalizes by a mixture of data and constants
+    (keras#10666).
+    Threshold: r > 1 % and > 10 %, both only if recalibration gains on split B; 44 batches reach 1 % at momentum
+    0.1, 459 at 0.01, 4603 at 0.001.
+    Evidence: k, momentum, r, how many batches are missing.
+    Fixes: recal [S1]; momentum [S1] to 0.1.
+    Intentional when: `recalibrating`.
+    Known false alarms: none: without a measured cost it is information.
+    Fixture: defect: momentum 0.001, 300 steps; near-miss: the same with data of mean 0 and variance 1.
+    """
+    known = [x for x in _running(m) if x.seen and x.momentum is not None and 0 < x.momentum < 1]
+    if not known:
+        return unfit("no normalizer counts batches with a momentum")
+    residual = {x.name: (1 - (x.momentum or 0.0)) ** (x.seen or 0) for x in known}
+    high = {name: r for name, r in residual.items() if r > t.residual_warning}
+    if not high:
+        return fine("the initial values have left the averages", {"largest residual": max(residual.values())})
+    names = sorted(high, key=lambda name: -high[name])
+    worst = m.layer(names[0])
+    missing = math.ceil(math.log(t.residual_warning) / math.log(1 - (worst.momentum or 0.1))) - (worst.seen or 0)
+    # A layer that drifts by its initial values, and for no other reason, is what this rule is about.
+    drifted = any(m.drift[name].beyond for name in names if name in m.drift)
+    grade = (gates.severity(True, drifted, m.recalibrated) or "I") if m.recalibrated.grade is not None else "I"
+    if max(high.values()) <= t.residual_error:
+        grade = lower(grade, "W")
+    facts = {"residual": high[names[0]], "batches seen": float(worst.seen or 0), "momentum": worst.momentum or 0.0}
+    facts["batches missing"] = float(missing)
+    reason = f"initial values still weigh {high[names[0]]:.0%} in {short(names)} after {worst.seen} batches"
+    return alarm(grade, reason, names, facts, m.recalibrated, ("recal", "momentum"))
+
+
+@rule("NRM106", "momentum-out-of-convention", intents=("momentum-none", "recalibrating"))
+def momentum(m: Measurements, t: Thresholds) -> Judgement:
+    """A momentum that means the opposite here, or nothing.
+
+    What it measures: momentum ≥ 0.5, = 0 or < 0 in normalizers that keep statistics and are not frozen.
+    Why it hurts: in torch momentum weighs the new batch; 0.99 from Keras keeps one batch and forgets all others
+    (tacotron_pytorch#19), 0 never moves (pretrained-models.pytorch#5).
+    Threshold: 0.5; a warning only if the predicted jitter √(m/(2−m)·Var(batch mean)) is 0.1 σ or more, if
+    evaluation gains by recalibration, or if statistics never move in training; else information.
+    Evidence: the value, torch's equivalent 1 − m, the jitter.
+    Fixes: momentum [S1]; recal [S1].
+    Intentional when: `momentum-none`, `recalibrating`.
+    Known false alarms: a wrong convention is not always costly (pix2pix-tensorflow#126): then it is information.
+    Fixture: defect: 0.99; near-miss: None.
+    """
+    layers = [x for x in _running(m) if not x.held and not _frozen(x)]
+    odd = [x for x in layers if x.momentum is not None and (x.momentum >= t.momentum_high or x.momentum <= 0)]
+    if not layers:
+        return unfit("no normalizer updates running statistics")
+    if not odd:
+        return fine("every momentum is in torch's convention")
+    names = [x.name for x in odd]
+    jitter = max((_jitter(x, m) for x in odd), default=0.0)
+    drifted = m.recalibrated.harmful and any(m.drift[n].beyond for n in names if n in m.drift)
+    still = any((x.momentum or 0.0) == 0 and x.training for x in odd)
+    serious = jitter >= t.jitter or drifted or still or any((x.momentum or 0.0) < 0 for x in odd)
+    value = odd[0].momentum or 0.0
+    facts = {"momentum": value, "1 − momentum": 1 - value, "predicted jitter in σ": jitter}
+    reason = f"momentum {value:g} in {short(names)}; torch weighs the new batch, so that {1 - value:g} may be meant"
+    return alarm("W" if serious else "I", reason, names, facts, m.recalibrated, ("momentum", "recal"))
+
+
+def _frozen(layer: Layer) -> bool:
+    return layer.learns is False and (not layer.training or layer.momentum == 0)
+
+
+def _jitter(layer: Layer, m: Measurements) -> float:
+    data = m.seen.get(layer.name)
+    if data is None or len(data.means) < 2 or layer.momentum is None or not 0 < layer.momentum <= 1:
+        return 0.0
+    spread = np.sqrt(layer.momentum / (2 - layer.momentum) * data.means.var(axis=0, ddof=1) / (data.var + layer.eps))
+    return float(np.median(spread))
+
+
+@rule("NRM113", "weights-changed-after-statistics", causes=("NRM602",), intents=("supernet",))
+def weights_changed(m: Measurements, _: Thresholds) -> Judgement:
+    """Weights were averaged, pruned, quantized or merged, and the statistics are those of the weights before.
+
+    What it measures: buffers equal bit for bit to a reference model's while the weights differ; or a weight average
+    that leaves buffers out. Then the gain of recalibration on split B.
+    Why it hurts: MobileNetV2 with 4-bit weights: 14 % top-1 with the old statistics, 65 % with new ones (nncf#46).
+    Threshold: exact; the severity is the measured cost.
+    Evidence: which reference, how many layers.
+    Fixes: recal [S1]: 10 to 200 batches suffice.
+    Intentional when: `supernet`.
+    Known false alarms: two neighbouring checkpoints at a vanishing learning rate: no cost, hence information.
+    Fixture: defect: the mean of two checkpoints with the buffers of one; near-miss: checkpoints of neighbouring
+    steps.
+    """
+    if m.average:
+        names = [x.name for x in _running(m)]
+        grade = gates.severity(True, True, m.recalibrated) or "W"
+        reason = f"{m.average}: weights are averages, running statistics are the first model's"
+        return alarm(grade, reason, names, {"layers": float(len(names))}, m.recalibrated, ("recal",))
+    if m.reference is None:
+        return absent("reference=: the model before its weights were changed")
+    if m.reference.problem:
+        return failed(m.reference.problem)
+    equal = [n for n in m.reference.equal if not is_initial(m.layer(n))]
+    if m.reference.same_weights or not equal or m.reference.follows > 1 - 1e-12:
+        return fine("weights and statistics belong together, as far as the reference tells")
+    grade = gates.severity(True, True, m.recalibrated) or "W"
+    reason = (
+        f"weights differ from the reference, statistics of {len(equal)} normalizers are the reference's: {short(equal)}"
+    )
+    facts = {"layers": float(len(equal)), "correlation of the weights": m.reference.follows}
+    return alarm(grade, reason, equal, facts, m.recalibrated, ("recal",))
+
+
+@rule("NRM602", "follower-lacks-buffers")
+def follower(m: Measurements, t: Thresholds) -> Judgement:
+    """A second model follows the parameters of the first and has buffers that are initial, frozen or foreign.
+
+    What it measures: the correlation of the parameters of model and reference, and which of them has buffers that
+    are initial or have counted fewer batches; then that one's loss against itself with the other's buffers.
+    Why it hurts: an average over `parameters()` has no statistics; F1 40 in place of 60 (ignite#2590).
+    Threshold: correlation above 0.99; the severity is the measured cost.
+    Evidence: the correlation, the layers, the cost.
+    Fixes: copy-buffers [S1]; recal [S1].
+    Intentional when: the follower is only used on batch statistics.
+    Known false alarms: a reference that is no relative of the model is silent.
+    Fixture: defect: an average over parameters(); clean: over the state_dict.
+    """
+    r = m.reference
+    if r is None:
+        return absent("reference=: the model that this one follows, or its follower")
+    if r.problem:
+        return failed(r.problem)
+    if r.follows < t.follows:
+        return fine(f"neither model follows the other (correlation {r.follows:.3f})")
+    here, there = r.initial or r.older, r.initial_there or r.older_there
+    lags = [n for n in here if n not in r.equal]
+    if lags:
+        gain = m.recalibrated if m.recalibrated.grade is not None else r.copied
+        grade = gates.severity(True, True, gain) or "W"
+        facts = {"correlation": r.follows, "layers": float(len(lags))}
+        reason = f"the weights follow the reference, the statistics do not: {short(lags)}"
+        return alarm(grade, reason, lags, facts, gain, ("copy-buffers", "recal"))
+    behind = [n for n in there if n not in r.equal]
+    if behind and r.theirs.grade is not None:
+        reason = f"the reference follows this model and lacks its statistics: {short(behind)}"
+        facts = {"correlation": r.follows, "layers": float(len(behind))}
+        return alarm(gates.severity(True, True, r.theirs) or "W", reason, behind, facts, r.theirs, ("fix-reference",))
+    return fine("the follower has buffers of its own")
+
+
+@rule("NRM607", "buffers-not-in-checkpoint")
+def not_saved(m: Measurements, _: Thresholds) -> Judgement:
+    """Running statistics do not survive the user's save and load.
+
+    What it measures: the statistics of every normalizer before and after `roundtrip`, and the outputs.
+    Why it hurts: a checkpoint of the parameters only looks complete and evaluates at chance (torch/nn#1165).
+    Threshold: exact.
+    Evidence: the layers, the relative difference of the outputs.
+    Fixes: load-buffers [S3].
+    Intentional when: statistics are measured again after loading.
+    Known false alarms: a conversion to half precision on saving changes digits; the difference tells.
+    Fixture: defect: save `dict(model.named_parameters())`; clean: the state_dict.
+    """
+    trip = m.roundtrip
+    if trip is None:
+        return absent("roundtrip=: your save and load as one function")
+    if trip.problem:
+        return failed(trip.problem)
+    if not trip.changed:
+        return fine("running statistics survive saving and loading")
+    facts = {"layers": float(len(trip.changed)), "relative difference": trip.difference or 0.0}
+    reason = f"statistics of {len(trip.changed)} normalizers do not survive saving and loading: {short(trip.changed)}"
+    return alarm("E", reason, trip.changed, facts, None, ("load-buffers",))

@@ -1,0 +1,223 @@
+"""Numbers, layers and verdicts as words: the same in the terminal and on a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from normscope.records import CheckRecord, Finding, Interval, Remedy, Score, Status
+
+__all__ = [
+    "SAFETY",
+    "STATUS",
+    "causes",
+    "command",
+    "consequences",
+    "counts",
+    "fold_layers",
+    "gained",
+    "interval",
+    "is_percent",
+    "level",
+    "metric_name",
+    "now_and_after",
+    "number",
+    "plural",
+    "rank",
+    "remedy_line",
+    "score",
+    "sentence",
+    "setting",
+    "share",
+    "verdict",
+    "version",
+]
+
+SAFETY = {
+    "S0": "keeps the function",
+    "S1": "statistics and flags, no weights",
+    "S2": "changes behaviour, needs --unsafe",
+    "S3": "your code",
+}
+STATUS: dict[Status, str] = {
+    "fail": "failed",
+    "warn": "warned",
+    "info": "noted",
+    "pass": "passed",
+    "intentional": "intentional",
+    "not-applicable": "not applicable",
+    "needs-input": "needs input",
+    "could-not-check": "could not check",
+}
+SEVERITIES = "EWI"
+# Of the cost; less is no explanation.
+LEAST_SHARE = 0.5
+
+
+def number(value: float) -> str:
+    """Three significant digits, without exponents where a reader would not write one."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}" if size < 1e7 else f"{value:.2e}"
+    if size < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+
+
+def interval(found: Interval) -> str:
+    """A cost or a gain with its interval: '5.5 pp [4.6, 6.4]'."""
+    if found.unit == "pp":
+        return f"{found.value:.1f} pp [{found.low:.1f}, {found.high:.1f}]"
+    unit = f" {found.unit}" if found.unit and found.unit not in ("loss", "metric") else ""
+    return f"{number(found.value)}{unit} [{number(found.low)}, {number(found.high)}]"
+
+
+def score(found: Interval | None, percent: bool = False) -> str:
+    """The value of a metric or a loss: '71.4%' for a share, else three digits."""
+    if found is None:
+        return "–"
+    return f"{100 * found.value:.1f}%" if percent else number(found.value)
+
+
+def level(found: Interval, percent: bool = False) -> str:
+    """A value with its interval: '71.4% [68.0, 75.0]'."""
+    low, high = (f"{100 * v:.1f}" if percent else number(v) for v in (found.low, found.high))
+    return f"{score(found, percent)} [{low}, {high}]"
+
+
+def is_percent(cost: Interval | None) -> bool:
+    """Whether a metric is a share of one: its differences are percentage points."""
+    return cost is not None and cost.unit == "pp"
+
+
+def gained(found: Interval) -> str:
+    """A gain with its sign: '+5.5 pp [4.6, 6.4]'."""
+    return f"+{interval(found)}" if found.value > 0 else interval(found)
+
+
+def plural(count: int, noun: str) -> str:
+    """'1 layer', '2 layers'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def fold_layers(names: Sequence[str], width: int = 40) -> str:
+    """Module paths in at most so many characters: all of them, else their common path and how many there are."""
+    shown = [name or "(the model itself)" for name in names]
+    every = ", ".join(shown)
+    if len(every) <= width:
+        return every
+    if len(shown) == 1:
+        return f"…{every[len(every) - width + 1 :]}"  # the end of a path tells more than its beginning
+    count = f"({len(shown)} layers)"
+    common: list[str] = []
+    for parts in zip(*(name.split(".") for name in shown), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    if common and len(".".join(common)) + len(count) + 3 <= width:
+        return f"{'.'.join(common)}.* {count}"
+    room = width - len(count) - 3
+    first = shown[0] if len(shown[0]) <= room else f"…{shown[0][len(shown[0]) - room + 1 :]}"
+    return f"{first}, … {count}"
+
+
+def rank(finding: Finding) -> tuple[int, float]:
+    """The order of findings: by severity, then by cost."""
+    return SEVERITIES.index(finding.severity), -(finding.cost.value if finding.cost is not None else -math.inf)
+
+
+def causes(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings that no other one explains, worst first."""
+    codes = {finding.code for finding in findings}
+    return sorted((f for f in findings if f.explained_by not in codes - {f.code}), key=rank)
+
+
+def consequences(findings: Sequence[Finding], cause: Finding) -> list[Finding]:
+    """The findings that one finding explains."""
+    return sorted((f for f in findings if f.explained_by == cause.code and f.code != cause.code), key=rank)
+
+
+def counts(record: CheckRecord) -> list[tuple[Status, int]]:
+    """How many rules passed, do not apply, need more input or could not be checked."""
+    quiet: tuple[Status, ...] = ("pass", "intentional", "not-applicable", "needs-input", "could-not-check")
+    found = [(status, sum(v.status == status for v in record.verdicts)) for status in quiet]
+    return [(status, count) for status, count in found if count or status != "intentional"]
+
+
+def setting(record: CheckRecord, name: str, default: str = "") -> str:
+    """One of the record's settings."""
+    return dict(record.settings).get(name, default)
+
+
+def metric_name(record: CheckRecord) -> str:
+    """The name of the user's metric, if it is one."""
+    name = setting(record, "metric").rpartition(":")[2].rpartition(".")[2]
+    if name.isidentifier() and name != "None":
+        return name.replace("_", " ")
+    return "accuracy" if "accuracy" in setting(record, "scored by") else "metric"
+
+
+def share(record: CheckRecord, finding: Finding) -> str:
+    """How much of the whole cost a finding's layers explain; "" where that was not found out."""
+    if finding.explains is None or finding.explains < LEAST_SHARE or record.cost is None or record.cost.low <= 0:
+        return ""
+    cost = record.cost
+    whole = f"{cost.value:.1f} pp" if cost.unit == "pp" else number(cost.value)
+    return f"explains {100 * min(1.0, finding.explains):.0f}% of {whole}"
+
+
+def version(record: CheckRecord) -> str:
+    """The version of normscope that made the record; "" where it runs without being installed."""
+    found = dict(record.machine.versions).get("normscope", "")
+    return found if found[:1].isdigit() else ""
+
+
+def command(record: CheckRecord, remedy: Remedy) -> str:
+    """A remedy's command with the user's own arguments in it."""
+    given = setting(record, "command")
+    head, tail = "normscope fix MODEL --data DATA", "-o fixed.pt"
+    if not given or not remedy.command.startswith(head):
+        return remedy.command
+    options = remedy.command.removeprefix(head).replace(tail, "").strip()
+    return " ".join(part for part in (given.replace(" check ", " fix ", 1), options, tail) if part)
+
+
+def now_and_after(record: CheckRecord) -> tuple[Score | None, Score | None]:
+    """The model as it is, and the state that does best with other statistics."""
+    now = next((s for s in record.scores if s.state == "eval"), None)
+    after = next((s for s in record.scores if s.state.startswith("recalibrated")), None)
+    return now, after
+
+
+def verdict(record: CheckRecord) -> str:
+    """The report in one sentence."""
+    if not record.layers:
+        return "The model has no normalizers that normscope knows: nothing was checked."
+    alarms = [f for f in record.findings if f.severity != "I"]
+    passed = sum(v.status == "pass" for v in record.verdicts)
+    unchecked = sum(v.status in ("needs-input", "could-not-check") for v in record.verdicts)
+    if not alarms:
+        hints = f", {plural(len(record.findings), 'hint')}" if record.findings else ""
+        return f"No normalization trouble was found: {plural(passed, 'rule')} passed{hints}, {unchecked} not checked."
+    cause = causes(record.findings)[0]
+    place = f"{cause.code} {cause.name}" + (f" in {fold_layers(cause.layers)}" if cause.layers else "")
+    if record.cost is not None and record.cost.low > 0:
+        unit = {"loss": " of loss", "pp": f" of {metric_name(record)}"}.get(record.cost.unit, "")
+        return f"Normalization trouble costs {interval(record.cost)}{unit}; the first cause is {place}."
+    felt = "without a measured cost" if record.cost is not None else "whose cost was not measured"
+    return f"{plural(len(causes(alarms)), 'trouble')} {felt}; the first is {place}."
+
+
+def sentence(text: str) -> str:
+    """With a capital and a full stop."""
+    text = text.strip()
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}" if text else ""
+
+
+def remedy_line(remedy: Remedy) -> str:
+    """What a remedy does, with its class of safety."""
+    return f"{remedy.text} [{remedy.safety}: {SAFETY[remedy.safety]}]"

@@ -1,0 +1,864 @@
+"""The engine of the doctor: it harms nothing, it is deterministic, its gates and rules judge as stated."""
+
+import copy
+import dataclasses
+import itertools
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from normscope import records
+from normscope.doctor import (
+    RULES,
+    Thresholds,
+    UnhealthyError,
+    assert_healthy,
+    check,
+    gates,
+    known_intents,
+    rule_pages,
+)
+from normscope.doctor import cache as caches
+from normscope.doctor.judge import findings_of, verdicts_of
+from normscope.doctor.measurements import (
+    Dependence,
+    Drift,
+    Effect,
+    FunctionalCall,
+    Layer,
+    Measurements,
+    Moments,
+    Mutation,
+    Outcome,
+    Reference,
+    RoundTrip,
+    Site,
+    Steps,
+)
+from normscope.doctor.remedies import REMEDIES
+from normscope.doctor.rules.base import Judgement, Rule, rule
+from normscope.errors import ArgumentError, DataError
+from normscope.records import CheckRecord, Interval
+from normscope.surgery import state_hash
+
+T = Thresholds()
+HARM = Effect(Interval(5.0, 4.0, 6.0, "pp"), None, "E")
+NO_HARM = Effect(Interval(0.0, -0.1, 0.1, "pp"), None, "I")
+
+
+# --- a small patient --------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.one, self.bn1 = nn.Linear(6, width), nn.BatchNorm1d(width)
+        self.two, self.bn2 = nn.Linear(width, width), nn.BatchNorm1d(width)
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.one(x)))
+        return self.head(self.drop(torch.relu(self.bn2(self.two(x)))))
+
+
+CENTRES = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)) * 2
+
+
+def batches(count=12, size=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        y = torch.randint(0, 3, (size,), generator=generator)
+        yield CENTRES[y] + torch.randn(size, 6, generator=generator), y
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    model = Net(16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x, y in batches(120, 64, seed=5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture
+def stale(trained):
+    model = copy.deepcopy(trained)
+    model.bn2.running_mean += 2 * model.bn2.running_var.sqrt()
+    return model
+
+
+def per_sample(output, batch):
+    return F.cross_entropy(output, batch[1], reduction="none")
+
+
+def hits(output, batch):
+    return (output.argmax(1) == batch[1]).float()
+
+
+# --- the first law ----------------------------------------------------------------------------------------------------
+
+
+class Fault:
+    """Raises at one call of any of the user's functions, counted together."""
+
+    def __init__(self, error, at):
+        self.error, self.at, self.count = error, at, 0
+
+    def __call__(self, function):
+        def wrapped(*args):
+            self.tick()
+            return function(*args)
+
+        return wrapped
+
+    def tick(self):
+        self.count += 1
+        if self.count == self.at:
+            raise self.error("injected")
+
+    def loader(self):
+        for batch in batches(6, 8):
+            self.tick()
+            yield batch
+
+
+def patient_with_everything():
+    torch.manual_seed(3)
+    model = Net()
+    model.one.weight.requires_grad_(False)
+    model.one.bias.requires_grad_(False)
+    model.bn1.weight.requires_grad_(False)
+    model.bn1.bias.requires_grad_(False)
+    model.register_forward_hook(lambda *_: None)
+    model.head.weight.register_hook(lambda grad: grad)
+    F.cross_entropy(model(torch.randn(8, 6)), torch.arange(8) % 3).backward()
+    model.bn2.eval()
+    return model
+
+
+def step(model, batch, optimizer):
+    model.train()
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+def examine(model, fault, reference):
+    return check(
+        model,
+        fault.loader(),
+        forward=fault(lambda m, batch: m(batch[0])),
+        loss=fault(per_sample),
+        metric=fault(hits),
+        train_step=fault(step),
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9),
+        evaluate=fault(lambda m: m.train()(torch.randn(4, 6))),
+        predict=fault(lambda m, x: m.train()(x)),
+        roundtrip=fault(copy.deepcopy),
+        reference=reference,
+        budget=20,
+    )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_whatever_is_injected_at_any_call_leaves_the_model_bit_identical(error):
+    model, reference = patient_with_everything(), patient_with_everything()
+    counter = Fault(error, 0)
+    examine(model, counter, reference)
+    assert counter.count > 40, "the faults below reach every phase"
+    before, other = state_hash(model, rng=True), state_hash(reference)
+    raised = 0
+    for at in range(1, counter.count + 1):
+        try:
+            examine(model, Fault(error, at), reference)
+        except KeyboardInterrupt:
+            raised += 1
+        except (RuntimeError, ArgumentError, DataError):
+            raised += 1
+        assert state_hash(model, rng=True) == before, f"call {at} of {counter.count}"
+        assert state_hash(reference) == other
+    assert raised == counter.count if error is KeyboardInterrupt else raised > 0
+
+
+def test_the_injection_above_would_be_seen():
+    model = patient_with_everything()
+    before = state_hash(model, rng=True)
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(4, 6))
+    assert state_hash(model, rng=True) != before
+
+
+def test_a_model_that_is_not_brought_back_is_an_error(monkeypatch, trained):
+    from normscope.doctor import StateNotRestoredError
+    from normscope.surgery import Snapshot
+
+    monkeypatch.setattr(Snapshot, "restore", lambda self: None)
+    with pytest.raises(StateNotRestoredError, match="NRM904"):
+        check(copy.deepcopy(trained).train(), batches())
+
+
+def test_the_loaders_generators_come_back(trained):
+    generator = torch.Generator().manual_seed(4)
+    x, y = next(batches(1, 64))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8, shuffle=True, generator=generator)
+    before = generator.get_state()
+    check(trained, loader)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_a_forward_that_writes_into_its_input_changes_no_later_pass(trained):
+    def forward(model, batch):
+        batch[0].mul_(2.0)
+        return model(batch[0] / 2)
+
+    clean, written = check(trained, batches()), check(trained, batches(), forward=forward)
+    assert clean.record.scores == written.record.scores
+
+
+# --- the loader is read once ------------------------------------------------------------------------------------------
+
+
+def test_a_generator_is_read_once_and_serves_everything(stale):
+    report = check(stale, batches())
+    assert report["NRM103"].status == "fail"
+    assert report.fix().confirmed
+
+
+def test_an_endless_loader_ends(trained):
+    assert check(trained, itertools.cycle(list(batches(4))), budget=10).passed("W")
+
+
+def test_the_cache_is_bounded_and_covers_what_was_read():
+    loader = [(torch.full((64, 2), float(k)), torch.zeros(64)) for k in range(400)]
+    kept = caches.read(loader, 60).batches
+    assert len(kept) <= caches.MOST_BATCHES
+    assert kept[0].index == 0
+    assert kept[-1].index >= 390
+    assert len({b.index - a.index for a, b in itertools.pairwise(kept)}) == 1, "evenly spread"
+    assert all(float(batch.data[0][0, 0]) == batch.index for batch in kept)
+
+
+def test_heavy_batches_are_bounded_by_memory(monkeypatch):
+    monkeypatch.setattr(caches, "MOST_BYTES", 10_000)
+    kept = caches.read((torch.zeros(10, 100) for _ in range(50)), 60).batches
+    assert sum(batch.bytes for batch in kept) <= 10_000 or len(kept) <= caches.FEWEST
+
+
+def test_splits_are_disjoint_complete_and_interleaved():
+    cached = caches.read([torch.zeros(4, 2) for _ in range(31)], 60).batches
+    splits = caches.split(cached, seed=0)
+    places = [[batch.index for batch in part] for part in (splits.a, splits.b, splits.c)]
+    assert sorted(itertools.chain(*places)) == list(range(31))
+    assert all(max(abs(np.diff(part))) <= 5 for part in places)
+    assert max(map(len, places)) - min(map(len, places)) <= 1
+
+
+def test_the_budget_takes_fewer_samples_and_says_so(trained):
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = trained
+
+        def forward(self, x):
+            time.sleep(0.02)
+            return self.net(x)
+
+    start = time.monotonic()
+    report = check(Slow().eval(), batches(96), budget=2)
+    assert time.monotonic() - start < 3
+    assert report.record.samples < 96 * 32
+    assert any("budget" in note for note in report.record.notes)
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "sentence"),
+    [
+        ([], DataError, "the loader is empty"),
+        (torch.zeros(4, 6), ArgumentError, "the loader must be an iterable of batches, but it is a Tensor"),
+        (None, ArgumentError, "the loader must be an iterable of batches, but it is a NoneType"),
+        ([torch.zeros(4, 5)], ArgumentError, "the model raised RuntimeError on the loader's first batch"),
+        (["text"], ArgumentError, "the model raised ArgumentError on the loader's first batch"),
+    ],
+)
+def test_bad_loaders_raise_with_a_cure(trained, loader, error, sentence):
+    with pytest.raises(error, match="cure: ") as caught:
+        check(trained, loader)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_loader_that_raises_midway_is_used_as_far_as_it_goes(trained):
+    def broken():
+        yield from batches(8)
+        raise OSError("disk")
+
+    report = check(trained, broken())
+    assert report["NRM103"].status == "pass"
+    assert any("raised OSError after 8 batches" in note for note in report.record.notes)
+    with pytest.raises(DataError, match="before it yielded a batch"):
+        check(trained, (1 / 0 for _ in range(3)))
+
+
+def test_batches_of_another_structure_or_that_fail_are_left_out_and_said_so(trained):
+    odd = [batch if k != 4 else batch[0] for k, batch in enumerate(batches())]
+    assert any("another structure" in note for note in check(trained, odd).record.notes)
+    unfit = [batch if k not in (4, 5, 6) else (batch[0][:, :3], batch[1]) for k, batch in enumerate(batches())]
+    report = check(trained, unfit)
+    assert any("left out: 1, among them number" in note for note in report.record.notes)
+    assert report["NRM103"].status == "pass"
+
+
+def test_one_sample_and_one_batch_answer_what_they_can(trained):
+    x, y = next(batches(1))
+    one = check(trained, [(x[:1], y[:1])])
+    assert one["NRM101"].status == "pass"
+    assert {one[code].status for code in ("NRM103", "NRM201")} == {"could-not-check"}
+    single = check(trained, [(x, y)])
+    assert single["NRM902"].status == "needs-input"
+    assert any("two are needed" in note for note in single.record.notes)
+
+
+def test_a_last_batch_of_one_sample_does_not_stop_the_check(stale):
+    report = check(stale, [*batches(), next(batches(1, 1))])
+    assert report["NRM103"].status == "fail"
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Linear(6, 3),
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)),
+        lambda: torch.compile(Net(), backend="eager"),
+        lambda: nn.DataParallel(Net()),
+        lambda: nn.Sequential(nn.BatchNorm1d(6)),
+    ],
+)
+def test_models_of_many_kinds_are_checked(build):
+    report = check(build().eval(), batches())
+    assert report.passed("E")
+    assert not [v for v in report.verdicts if "raised" in v.reason]
+
+
+def test_models_without_normalizers_are_said_to_have_none():
+    report = check(nn.Linear(6, 3), batches())
+    assert any("no normalizers" in note for note in report.record.notes)
+    assert report["NRM103"].status == "not-applicable"
+
+
+def test_a_half_precision_model_gets_a_cure_and_runs_with_it(trained):
+    half = copy.deepcopy(trained).bfloat16()
+    with pytest.raises(ArgumentError, match="half precision"):
+        check(half, batches())
+    assert check(half, batches(), forward=lambda m, b: m(b[0].bfloat16())).passed("E")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"budget": 0}, "budget must be positive"),
+        ({"loss": 3}, "loss must be callable"),
+        ({"select": "NRM777"}, "select 'NRM777' matches no rule"),
+        ({"intent": "sloppy"}, "intent 'sloppy' is unknown"),
+        ({"optimizer": object()}, "an optimizer without train_step is not used"),
+        ({"reference": {}}, "reference must be a torch.nn.Module"),
+        ({"loss": lambda o, b: "x"}, r"loss\(output, batch\) returned a str"),
+        ({"metric": lambda o, b: 1 / 0}, r"metric\(output, batch\) raised ZeroDivisionError"),
+    ],
+)
+def test_wrong_arguments_raise_with_a_cure(trained, options, sentence):
+    with pytest.raises(ArgumentError, match=sentence) as caught:
+        check(trained, batches(), **options)
+    assert "cure: " in str(caught.value)
+
+
+# --- determinism and records ------------------------------------------------------------------------------------------
+
+
+def test_two_checks_agree_whatever_the_global_seed(stale):
+    loader = list(batches())
+    torch.manual_seed(1)
+    one = check(stale, loader).record
+    torch.manual_seed(2)
+    two = check(stale, loader).record
+    same = {"seconds": 0.0, "passes": (), "before": ""}
+    assert dataclasses.replace(one, **same) == dataclasses.replace(two, **same)
+
+
+def test_the_record_survives_json(stale, tmp_path):
+    report = check(stale, batches())
+    report.to_json(tmp_path / "report.json")
+    assert records.from_json(CheckRecord, (tmp_path / "report.json").read_text(encoding="utf-8")) == report.record
+
+
+def test_every_sample_takes_part_in_at_most_six_passes(trained):
+    passes = [p for p in check(trained, batches()).record.passes if "P5" not in p.name]
+    for part in "AB":
+        assert sum(f"({part})" in p.name for p in passes) <= 6
+    assert passes
+
+
+def test_select_ignore_and_passed(stale):
+    report = check(stale, batches(), select=["NRM1"], ignore="NRM103")
+    assert {v.code for v in report.verdicts} == {c for c in RULES if c.startswith("NRM1")} - {"NRM103"}
+    report = check(stale, batches())
+    assert not report.passed()
+    assert not report.passed("W")
+    with pytest.raises(KeyError, match="did not run"):
+        report["NRM000"]
+    with pytest.raises(UnhealthyError, match="NRM103"):
+        assert_healthy(stale, batches())
+    assert issubclass(UnhealthyError, AssertionError)
+
+
+def test_assert_healthy_returns_the_report(trained):
+    assert assert_healthy(trained, batches()).passed()
+
+
+# --- the main job -----------------------------------------------------------------------------------------------------
+
+
+def test_stale_statistics_are_found_priced_repaired_and_confirmed(stale, trained):
+    loader = list(batches(30))
+    report = check(stale, loader)
+    finding = report.findings[0]
+    assert (finding.code, finding.severity, finding.layers) == ("NRM103", "E", ("bn2",))
+    assert finding.cost.unit == "pp"
+    assert finding.cost.low > 1
+    assert finding.explains > 0.9
+    before = state_hash(stale)
+    fix = report.fix()
+    assert fix.confirmed
+    assert fix.model is stale
+    assert [t.remedy.code for t in fix.applied] == ["recal"]
+    assert fix.gain.value > 0.9 * finding.cost.value
+    assert fix.after.value > fix.before.value
+    assert state_hash(stale) != before
+    assert fix.undo() is stale
+    assert state_hash(stale) == before
+
+
+def test_a_healthy_model_is_not_improved(trained):
+    model = copy.deepcopy(trained)
+    before = state_hash(model)
+    fix = check(model, batches(30)).fix()
+    assert not fix.applied
+    assert not fix.confirmed
+    assert state_hash(model) == before
+
+
+def test_a_remedy_without_gain_on_b_is_taken_back(stale):
+    report = check(stale, batches(30))
+    # Scored by something that recalibration cannot improve.
+    report._ward.patient.loss = report._ward.patient.metric = None
+    report._ward.patient.metric = lambda output, batch: torch.zeros(len(output))
+    before = state_hash(stale)
+    fix = report.fix()
+    assert not fix.applied
+    assert not fix.confirmed
+    assert [t.outcome for t in fix.skipped] == ["split B shows no gain"]
+    assert state_hash(stale) == before
+
+
+@pytest.mark.parametrize("at", range(1, 30, 3))
+def test_an_interrupted_fix_leaves_the_model_as_it_was(stale, at):
+    fault = Fault(KeyboardInterrupt, 0)
+    report = check(stale, batches(), forward=fault(lambda m, batch: m(batch[0])))
+    fault.count, fault.at = 0, at
+    before = state_hash(stale, rng=True)
+    try:
+        report.fix()
+    except KeyboardInterrupt:
+        assert state_hash(stale, rng=True) == before
+    else:
+        assert at > 12, "a fix has fewer calls than that"
+
+
+def test_scores_are_inferred_for_classification_only_and_said_so(trained):
+    report = check(trained, batches())
+    assert any("inferred" in note for note in report.record.notes)
+    plain = check(trained, [x for x, _ in batches()])
+    assert plain.record.scores == ()
+    assert plain.record.cost is None
+    assert any("no cost could be measured" in note for note in plain.record.notes)
+
+
+def test_without_a_score_a_wrong_state_is_a_warning(stale):
+    report = check(stale, [x for x, _ in batches()])
+    assert report["NRM103"].status == "warn"
+    fix = report.fix()
+    assert not fix.applied
+    assert "cannot be verified" in fix.skipped[0].outcome
+
+
+def test_a_declared_intent_keeps_its_numbers(stale):
+    verdict = check(stale, batches(), intent="tta-bn/adabn")["NRM103"]
+    assert verdict.status == "intentional"
+    assert verdict.cost is not None
+    assert verdict.cost.value > 1
+    assert not check(stale, batches(), intent=("supernet",), select="NRM103").findings
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+def moments(k=20, c=10, n=32, mean=0.0, var=1.0, spread=None, seed=0):
+    """Of batches of n values, as independent samples give them."""
+    rng = np.random.default_rng(seed)
+    spread = np.sqrt(var / n) if spread is None else spread
+    return Moments(
+        np.full(k, float(n)), mean + spread * rng.standard_normal((k, c)), var * rng.chisquare(n - 1, (k, c)) / n
+    )
+
+
+def layer(name="bn", c=10, mean=0.0, var=1.0, **options):
+    options = {"kind": "BatchNorm", "seen": 1000, "bias": np.ones(c), "weight": np.ones(c), **options}
+    return Layer(name, mean=np.full(c, mean), var=np.full(c, var), **options)
+
+
+def test_gate_1_passes_healthy_averages_and_stops_at_shifted_ones():
+    alarms = 0
+    for seed in range(40):
+        rng = np.random.default_rng(1000 + seed)
+        healthy = dataclasses.replace(layer(c=50), mean=0.06 * rng.standard_normal(50))
+        alarms += gates.drifts((healthy,), {"bn": moments(c=50, seed=seed)}, T, 0)["bn"].beyond
+    assert alarms == 0
+    shifted = dataclasses.replace(layer(c=50), mean=np.full(50, 0.5))
+    assert gates.drifts((shifted,), {"bn": moments(c=50)}, T, 0)["bn"].beyond
+
+
+def test_gate_1_does_not_alarm_where_the_batches_themselves_scatter_as_much():
+    one_batch = layer(c=50, mean=0.5, momentum=0.9)
+    found = gates.drifts((one_batch,), {"bn": moments(c=50, k=8, spread=1.0)}, T, 0)["bn"]
+    assert found.share > T.drift_share
+    assert not found.beyond
+
+
+def test_gate_1_counts_all_layers():
+    data = {f"bn{k}": moments(seed=k) for k in range(30)}
+    layers = tuple(layer(f"bn{k}", mean=0.5 if k == 7 else 0.0) for k in range(30))
+    assert [name for name, d in gates.drifts(layers, data, T, 0).items() if d.beyond] == ["bn7"]
+
+
+def test_drift_ignores_channels_that_are_constant_in_both():
+    dead = Moments(np.full(4, 8.0), np.zeros((4, 3)), np.zeros((4, 3)))
+    drift = gates.drifts((layer(c=3, var=0.0),), {"bn": dead}, T, 0)["bn"]
+    assert drift.share == 0
+    assert np.isfinite(drift.delta).all()
+
+
+def test_the_design_effect_tells_sorted_from_shuffled_batches():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(8), 32)
+    x = rng.standard_normal((256, 12)) + 0.8 * rng.standard_normal((8, 12))[labels]
+    groups = np.repeat(np.arange(8), 32)
+    d, p = gates.design_effect({"bn": Moments(np.full(8, 32.0), np.zeros((8, 12)), np.ones((8, 12)), x, groups)}, T, 0)[
+        "bn"
+    ]
+    assert d > T.design_error
+    assert p < T.design_p
+    mixed = x[rng.permutation(256)]
+    d, p = gates.design_effect(
+        {"bn": Moments(np.full(8, 32.0), np.zeros((8, 12)), np.ones((8, 12)), mixed, groups)}, T, 0
+    )["bn"]
+    assert 0.7 < d < T.design_warning
+
+
+@pytest.mark.parametrize(("n", "low", "high"), [(4, 0.35, 0.6), (16, 0.08, 0.14), (64, 0.018, 0.032)])
+def test_the_noise_energy_of_gaussian_batches_is_known(n, low, high):
+    assert low < gates.noise_energy(moments(k=400, n=n), 1e-5) < high
+
+
+def outcome(metric=None, loss=None):
+    values = [v for v in (metric, loss) if v is not None]
+    return Outcome(
+        None if loss is None else np.asarray(loss, float),
+        None if metric is None else np.asarray(metric, float),
+        len(values[0]),
+    )
+
+
+def test_gate_3_grades_by_size_and_interval():
+    rng = np.random.default_rng(0)
+    good = (rng.random(4000) < 0.95).astype(float)
+    bad = good * (rng.random(4000) < 0.97)
+    assert gates.effect(outcome(bad), outcome(good), T).grade == "E"
+    assert gates.effect(outcome(good), outcome(bad), T).grade == "I", "the other way round it is a gain"
+    assert gates.effect(outcome(good), outcome(good), T).grade == "I"
+    slightly = good * (rng.random(4000) < 0.994)
+    assert gates.effect(outcome(slightly), outcome(good), T).grade == "W"
+    few = gates.effect(outcome(bad[:20]), outcome(good[:20]), T)
+    assert few.grade == "I"
+    assert few.cost.low <= 0
+    assert gates.effect(outcome(bad[:3]), outcome(good[:3]), T).grade is None
+
+
+def test_gate_3_without_a_metric_goes_by_the_share_of_the_loss():
+    rng = np.random.default_rng(0)
+    loss = rng.random(500)
+    assert gates.effect(outcome(loss=loss * 1.2), outcome(loss=loss), T).grade == "E"
+    assert gates.effect(outcome(loss=loss * 1.02), outcome(loss=loss), T).grade == "W"
+    assert gates.effect(outcome(loss=loss * 1.001), outcome(loss=loss), T).grade == "I"
+
+
+def test_gate_3_bears_losses_that_are_not_finite():
+    loss = np.ones(50)
+    found = gates.effect(outcome(loss=np.where(np.arange(50) < 25, np.nan, 2.0)), outcome(loss=loss), T)
+    assert found.grade == "E"
+    assert np.isfinite(found.cost.high)
+
+
+def test_severity_needs_the_gates_that_are_stated():
+    assert gates.severity(True, True, HARM) == "E"
+    assert gates.severity(True, True, NO_HARM) == "I"
+    assert gates.severity(True, True, Effect()) == "W"
+    assert gates.severity(False, True, HARM) is None
+    assert gates.severity(True, False, HARM) is None
+
+
+GOOD, BAD = np.tile([1.0] * 19 + [0.0], 40), np.tile([1.0, 0.0], 400)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "batch", "recalibrated", "reading"),
+    [
+        (BAD, GOOD, GOOD, "stale, unconverged, polluted or were not copied"),
+        (BAD, GOOD, BAD, "no single statistics fit"),
+        (BAD, BAD, GOOD, "stale, and the batches too small"),
+        (GOOD, BAD, GOOD, "too small or too ordered to evaluate on"),
+        (GOOD, GOOD, GOOD, "healthy: running, batch and recalibrated statistics do equally well"),
+        (GOOD, GOOD, BAD, "worse than the model's own"),
+    ],
+)
+def test_the_decision_table(evaluation, batch, recalibrated, reading):
+    states = {"eval": evaluation, "batch statistics": batch, "recalibrated": recalibrated}
+    assert reading in gates.reading({name: outcome(v) for name, v in states.items()}, None, T)
+
+
+def test_bad_everywhere_is_not_normalization():
+    states = {name: outcome(BAD) for name in ("eval", "batch statistics", "recalibrated")}
+    assert gates.reading(states, 0.6, T) == gates.NOT_NORMALIZATION
+    assert "healthy" in gates.reading(states, 0.1, T)
+    assert gates.reading({}, None, T) == ""
+
+
+# --- rules on measurements made by hand -------------------------------------------------------------------------------
+
+
+def drift(share=0.5, beyond=True, c=10):
+    return Drift(np.full(c, 0.5), np.zeros(c), share, 0.0002, beyond)
+
+
+def measured(*layers, **options):
+    layers = layers or (layer(),)
+    options = {"recalibrated": NO_HARM, "batch_size": 32, "traced_size": 32, **options}
+    options.setdefault("sites", tuple(Site(x.name, 0, (32, 10), 32.0) for x in layers))
+    return Measurements(layers=layers, **options)
+
+
+def steps(moved, trained=("bn",)):
+    return Steps(3, {"bn": moved}, trained, {"bn": 1.0})
+
+
+def reference(**options):
+    return Reference(**{"follows": 0.999, "matched": ("bn",), **options})
+
+
+DESIGN = {"design": {"bn": (2.5, 0.002)}, "seen": {"bn": moments()}}
+NOISY, LARGE = {"own": {"bn": moments(n=4)}}, {"own": {"bn": moments(n=256)}}
+TRAINING = layer(training=True)
+FROZEN = layer(training=True, learns=False, fed_frozen=True)
+HELD = layer(training=False, learns=False, keeps_mode=False)
+NAN = dataclasses.replace(layer(), mean=np.array([np.nan] * 10))
+OTHER = layer("other", mean=0.3)
+
+FIRES = [
+    ("NRM101", measured(NAN, recalibrated=HARM), "fail"),
+    ("NRM101", measured(layer(var=-1e-6)), "fail"),
+    ("NRM102", measured(layer(seen=0), OTHER, recalibrated=HARM), "fail"),
+    ("NRM102", measured(layer(seen=0), recalibrated=Effect()), "warn"),
+    ("NRM103", measured(layer(mean=0.5), drift={"bn": drift()}, recalibrated=HARM), "fail"),
+    ("NRM103", measured(layer(mean=0.5), drift={"bn": drift()}, recalibrated=Effect()), "warn"),
+    ("NRM104", measured(layer(seen=300, momentum=0.001), drift={"bn": drift()}, recalibrated=HARM), "fail"),
+    ("NRM104", measured(layer(seen=3000, momentum=0.001), drift={"bn": drift()}, recalibrated=HARM), "warn"),
+    ("NRM106", measured(layer(momentum=0.99), seen={"bn": moments(n=16)}), "warn"),
+    ("NRM106", measured(layer(momentum=0.0, training=True)), "warn"),
+    ("NRM106", measured(layer(momentum=-0.1)), "warn"),
+    ("NRM113", measured(layer(mean=0.5), reference=reference(equal=("bn",)), recalibrated=HARM), "fail"),
+    ("NRM113", measured(average="AveragedModel(use_buffers=False)", recalibrated=HARM), "fail"),
+    ("NRM201", measured(dependence=Dependence("predict", 0.4, 0.0, layers=("bn",)), predicted=HARM), "fail"),
+    ("NRM201", measured(dependence=Dependence("predict", 0.4, 0.0, layers=("bn",))), "warn"),
+    ("NRM201", measured(dependence=Dependence("predict", alone="Expected more", layers=("bn",))), "warn"),
+    ("NRM203", measured(FROZEN), "warn"),
+    ("NRM203", measured(FROZEN, steps=steps(0.2)), "warn"),
+    ("NRM203", measured(FROZEN, drift={"bn": drift()}, recalibrated=HARM), "fail"),
+    ("NRM204", measured(HELD, training=True), "warn"),
+    ("NRM204", measured(HELD, training=True, steps=steps(0.1)), "warn"),
+    ("NRM205", measured(layer(tracks=False)), "fail"),
+    ("NRM208", measured(mutation=Mutation("evaluate", ("bn.running_mean",))), "fail"),
+    ("NRM210", measured(Layer("bn", "BatchNorm", running=False)), "warn"),
+    ("NRM210", measured(functional=(FunctionalCall("batch_norm", "block", True),)), "warn"),
+    ("NRM301", measured(TRAINING, sites=(Site("bn", 0, (32, 10), 32.0),), batch_size=2), "fail"),
+    ("NRM301", measured(TRAINING, batch_size=4), "warn"),
+    ("NRM301", measured(TRAINING, loader=caches.LoaderFacts(samples=65, batch=32, drop_last=False)), "fail"),
+    ("NRM302", measured(TRAINING, **NOISY, small=HARM), "fail"),
+    ("NRM302", measured(TRAINING, **NOISY, small=Effect()), "warn"),
+    ("NRM304", measured(TRAINING, **DESIGN, small=HARM), "fail"),
+    ("NRM304", measured(TRAINING, **DESIGN, small=NO_HARM), "warn"),
+    ("NRM304", measured(**DESIGN, drift={"bn": drift()}, recalibrated=HARM), "warn"),
+    ("NRM602", measured(reference=reference(initial=("bn",)), recalibrated=HARM), "fail"),
+    ("NRM602", measured(reference=reference(initial_there=("bn",), theirs=HARM)), "fail"),
+    ("NRM607", measured(roundtrip=RoundTrip(("bn",), 0.3)), "fail"),
+    ("NRM901", measured(unreached=("bn",)), "info"),
+    ("NRM902", measured(outcomes={"eval": outcome(GOOD), "recalibrated": outcome(GOOD)}, needed=9999), "info"),
+    ("NRM903", measured(repeat=0.3), "warn"),
+    ("NRM903", measured(repeat=1e-4), "info"),
+]
+
+SILENT = [
+    ("NRM101", measured(layer(var=0.0)), "pass"),
+    ("NRM101", measured(layer(var=1e6)), "pass"),
+    ("NRM102", measured(layer(seen=0, bias=np.zeros(10))), "pass"),
+    ("NRM102", measured(layer(held=True, seen=None)), "not-applicable"),
+    ("NRM102", measured(layer(seen=0), OTHER, recalibrated=NO_HARM), "info"),
+    ("NRM103", measured(drift={"bn": drift(0.05, False)}, recalibrated=HARM), "pass"),
+    ("NRM103", measured(drift={"bn": drift(beyond=False)}, recalibrated=HARM), "pass"),
+    ("NRM103", measured(layer(mean=0.5), drift={"bn": drift()}), "info"),
+    ("NRM103", measured(layer(seen=0, bias=np.zeros(10)), drift={"bn": drift()}, recalibrated=Effect()), "pass"),
+    ("NRM104", measured(layer(seen=300)), "pass"),
+    ("NRM104", measured(layer(seen=300, momentum=0.001), drift={"bn": drift(0.0, False)}), "info"),
+    ("NRM104", measured(layer(seen=300, momentum=None)), "not-applicable"),
+    ("NRM106", measured(layer(momentum=None)), "pass"),
+    ("NRM106", measured(layer(momentum=0.99), seen={"bn": moments(n=4096)}), "info"),
+    ("NRM106", measured(layer(momentum=0.0, learns=False, training=True)), "not-applicable"),
+    ("NRM113", measured(), "needs-input"),
+    ("NRM113", measured(layer(mean=0.5), reference=reference(equal=("bn",)), recalibrated=NO_HARM), "info"),
+    ("NRM113", measured(layer(mean=0.5), reference=reference(equal=("bn",), same_weights=True)), "pass"),
+    ("NRM201", measured(dependence=Dependence("predict", 1e-6, layers=("bn",))), "pass"),
+    ("NRM201", measured(dependence=Dependence("predict", 0.4, 0.3, layers=("bn",))), "pass"),
+    ("NRM201", measured(dependence=Dependence("predict", 0.4)), "pass"),
+    ("NRM201", measured(dependence=Dependence("predict", problem="no axis of samples")), "could-not-check"),
+    ("NRM203", measured(layer(training=True, learns=True, fed_frozen=True)), "pass"),
+    ("NRM203", measured(layer(training=False, learns=False, fed_frozen=True)), "pass"),
+    ("NRM203", measured(layer(training=True, learns=False, fed_frozen=True, momentum=0.0)), "pass"),
+    ("NRM203", measured(FROZEN, steps=steps(0.0)), "pass"),
+    ("NRM203", measured(FROZEN, learns=False), "info"),
+    ("NRM204", measured(dataclasses.replace(HELD, keeps_mode=True), training=True), "pass"),
+    ("NRM204", measured(HELD, training=True, steps=steps(0.0, ())), "pass"),
+    ("NRM204", measured(HELD, training=False), "info"),
+    ("NRM204", measured(HELD, training=True, learns=False), "not-applicable"),
+    ("NRM205", measured(layer()), "pass"),
+    ("NRM208", measured(mutation=Mutation("evaluate", (), 3)), "pass"),
+    ("NRM208", measured(), "needs-input"),
+    ("NRM210", measured(functional=(FunctionalCall("batch_norm", "block", False),)), "pass"),
+    ("NRM301", measured(layer(), batch_size=2), "not-applicable"),
+    ("NRM301", measured(TRAINING, loader=caches.LoaderFacts(samples=65, batch=32, drop_last=True)), "pass"),
+    ("NRM301", measured(TRAINING, sites=(Site("bn", 0, (32, 10, 32, 32), 32768.0),), batch_size=1), "pass"),
+    ("NRM302", measured(TRAINING, **LARGE, small=HARM), "pass"),
+    ("NRM302", measured(layer(), **NOISY, small=HARM), "info"),
+    ("NRM302", measured(TRAINING, **NOISY, small=NO_HARM), "info"),
+    ("NRM304", measured(TRAINING, design={"bn": (1.1, 0.2)}, seen={"bn": moments()}), "pass"),
+    ("NRM304", measured(TRAINING, design={"bn": (1.5, 0.2)}, seen={"bn": moments()}), "pass"),
+    ("NRM304", measured(**DESIGN), "info"),
+    ("NRM602", measured(reference=reference(follows=0.5, initial=("bn",)), recalibrated=HARM), "pass"),
+    ("NRM602", measured(reference=reference(), recalibrated=HARM), "pass"),
+    ("NRM602", measured(), "needs-input"),
+    ("NRM607", measured(roundtrip=RoundTrip()), "pass"),
+    ("NRM901", measured(), "pass"),
+    ("NRM902", measured(score_problem="neither loss nor metric was passed"), "needs-input"),
+    ("NRM903", measured(repeat=1e-7), "pass"),
+]
+
+
+@pytest.mark.parametrize(("code", "m", "status"), FIRES, ids=[f"{c}-{s}-{k}" for k, (c, _, s) in enumerate(FIRES)])
+def test_a_rule_fires(code, m, status):
+    judgement = RULES[code].judge(m, T)
+    assert judgement.status == status, judgement.reason
+    assert judgement.remedies
+    assert set(judgement.remedies) <= set(REMEDIES)
+    assert judgement.facts
+
+
+@pytest.mark.parametrize(("code", "m", "status"), SILENT, ids=[f"{c}-{s}-{k}" for k, (c, _, s) in enumerate(SILENT)])
+def test_a_rule_is_silent_on_a_near_miss(code, m, status):
+    judgement = RULES[code].judge(m, T)
+    assert judgement.status == status, judgement.reason
+
+
+def test_every_rule_has_been_seen_to_fire_and_to_be_silent():
+    assert {code for code, _, _ in FIRES} == set(RULES)
+    assert {code for code, _, _ in SILENT} == set(RULES)
+
+
+def test_every_page_has_the_eight_headings():
+    headings = [
+        "What it measures", "Why it hurts", "Threshold", "Evidence", "Fixes", "Intentional when",
+        "Known false alarms", "Fixture",
+    ]  # fmt: skip
+    for code, page in rule_pages().items():
+        assert page.startswith(f"{code} {RULES[code].name}\n")
+        assert [h for h in headings if f"\n{h}: " in page] == headings, code
+        for remedy in REMEDIES:
+            assert f"{remedy} [" not in page or f"{remedy} [{REMEDIES[remedy].safety}]" in page, (code, remedy)
+
+
+def test_forbidden_remedies_are_not_offered():
+    texts = " ".join(f"{spec.text} {spec.command}".lower() for spec in REMEDIES.values())
+    assert "evaluate in train" not in texts
+    assert "skip the norm" not in texts
+    assert {spec.safety for spec in REMEDIES.values() if spec.operation} <= {"S0", "S1", "S2"}
+    assert all(spec.operation is None for spec in REMEDIES.values() if spec.safety == "S3")
+
+
+# --- cause before symptom ---------------------------------------------------------------------------------------------
+
+
+def test_a_symptom_follows_its_cause():
+    m = measured(layer(mean=0.5, seen=300, momentum=0.001), drift={"bn": drift()}, recalibrated=HARM)
+    run = [RULES["NRM103"], RULES["NRM104"], RULES["NRM901"]]
+    found = findings_of(verdicts_of(m, run, (), T), m)
+    assert [(f.code, f.explained_by) for f in found] == [("NRM104", ""), ("NRM103", "NRM104")]
+
+
+def test_a_cause_elsewhere_explains_nothing():
+    m = measured(
+        layer("a", mean=0.5), layer("b", momentum=0.001, seen=10), drift={"a": drift(), "b": drift()}, recalibrated=HARM
+    )
+    alone = [
+        (RULES["NRM104"], Judgement("fail", "", ("b",))),
+        (RULES["NRM103"], Judgement("fail", "", ("a", "c", "d"))),
+    ]
+    assert {f.explained_by for f in findings_of(alone, m)} == {""}
+
+
+def test_a_rule_that_raises_takes_no_other_with_it():
+    def broken(m, t):
+        raise ZeroDivisionError("oh")
+
+    run = [Rule("NRM999", "broken", broken), RULES["NRM901"]]
+    first, second = (j for _, j in verdicts_of(measured(), run, (), T))
+    assert (first.status, second.status) == ("could-not-check", "pass")
+    assert "ZeroDivisionError" in first.reason
+
+
+def test_codes_are_never_used_twice():
+    with pytest.raises(ArgumentError, match="registered twice"):
+        rule("NRM103", "another")
+    with pytest.raises(ArgumentError, match="no rule code"):
+        rule("N103", "another")
+
+
+def test_every_threshold_has_a_reason():
+    table = T.table()
+    assert len(table) == len(dataclasses.fields(T))
+    assert all(len(row.reason) > 20 for row in table)
+
+
+def test_intents_are_known():
+    assert {"gan-batchstats-test", "bn-frozen-throughout", "supernet"} <= set(known_intents())

@@ -1,0 +1,189 @@
+"""The compiled kernels at the sizes where their loops change: segments, tiles, blocks, shared slabs; every instruction set.
+
+The laws cover small and ragged tensors; here are runs longer than a segment (2048), more columns than a tile (512), more
+rows than a block (128), slabs larger than the cache (2¹⁸ cells), more tasks than accumulators (64).
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import normscope as ns
+from normscope import oracle
+from normscope.kernels import cpu
+
+pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=f"no compiled kernels here: {cpu.missing()}")
+
+CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
+CASES = {
+    "along, rows of one segment and a bit": ("[n] c [h w]", (5, 3, 47, 45), CONTIGUOUS, {}),
+    "along, one slab shared by all threads": ("[n] c [h w]", (40, 2, 64, 64), CONTIGUOUS, {}),
+    "along, slabs that stay in cache": ("[n] c [h w]", (6, 11, 40, 40), CONTIGUOUS, {}),
+    "along, parameters by row": ("n (g [c]) [h w]", (3, 24, 17, 19), CONTIGUOUS, {"g": 4}),
+    "along, parameters along the run": ("... [c]", (70, 5, 300), CONTIGUOUS, {}),
+    "along, more tasks than accumulators": ("... [c]", (331, 130), CONTIGUOUS, {}),
+    "along, a run of many segments": ("... [c]", (2, 140_001), CONTIGUOUS, {}),
+    "across, more rows than a block": ("[n] c [h w]", (7, 37, 9, 11), LAST, {}),
+    "across, more columns than a tile": ("[n] c", (300, 1301), CONTIGUOUS, {}),
+    "across, a slab beyond the cache": ("[n] c [h w]", (24, 65, 20, 20), LAST, {}),
+    "across, parameters by row": ("n [c] h w", (4, 33, 29, 31), CONTIGUOUS, {}),
+    "across, many samples": ("n c [h w]", (6, 19, 21, 23), LAST, {}),
+    "folded groups": ("n (g [c]) [h w]", (3, 66, 13, 15), LAST, {"g": 6}),
+    "folded maps": ("[n] c [h w]", (33, 90, 7, 7), CONTIGUOUS, {}),
+    "folded rows of few channels": ("... [c]", (211, 7), CONTIGUOUS, {}),
+    "ghosts": ("(g [n]) c [h w]", (12, 9, 16, 17), CONTIGUOUS, {"g": 3}),
+    "time steps": ("[n] t c", (40, 13, 31), CONTIGUOUS, {}),
+}
+OPTIONS = {
+    "plain": {},
+    "activation and residual": {"activation": "silu", "residual": True},
+    "relu": {"activation": "relu"},
+    "not centred": {"center": False},
+    "not scaled": {"scale": False},
+    "given moments": {"moments": True},
+}
+
+
+def operands(case, dtype, option):
+    pattern, shape, layout, sizes = CASES[case]
+    axis = (
+        -1
+        if pattern == "... [c]"
+        else pattern.replace("(g [n])", "n")
+        .replace("(g [c])", "c")
+        .replace("[", "")
+        .replace("]", "")
+        .split()
+        .index("c")
+    )
+    channels = shape[axis]
+    x = (torch.randn(shape) * 2 + 3).to(dtype).contiguous(memory_format=layout)
+    tensors = {"weight": torch.randn(channels), "bias": torch.randn(channels)}
+    options = dict(OPTIONS[option])
+    if options.get("residual"):
+        tensors["residual"] = torch.randn(shape).to(dtype)
+    if options.pop("moments", False):
+        mean, var, _ = ns.moments(x, pattern, **sizes)
+        options["moments"] = (mean + 0.5, var * 2)
+    options.pop("residual", None)
+    return x, pattern, tensors, options, sizes
+
+
+def run(x, pattern, tensors, options, sizes, dy):
+    leaves = {"x": x, **tensors}
+    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+    rest = {name: t for name, t in leaves.items() if name != "x"}
+    y = ns.normalize(leaves["x"], pattern, **rest, **options, **sizes)
+    return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))}
+
+
+def truth(x, pattern, tensors, options, sizes, dy):
+    names = {"weight": "γ", "bias": "β", "residual": "residual"}
+    arrays = {names[name]: t.double().numpy() for name, t in tensors.items()}
+    if "moments" in options:
+        options = {**options, "moments": tuple(t.double().numpy() for t in options["moments"])}
+    n = {**arrays, **options, **sizes}
+    g = oracle.backward(dy.double().numpy(), x.double().numpy(), pattern, **n)
+    grads = {"x": g.dx, "weight": g.dγ, "bias": g.dβ, "residual": g.dresidual}
+    return {
+        "y": oracle.normalize(x.double().numpy(), pattern, **n),
+        **{k: v for k, v in grads.items() if k == "x" or k in tensors},
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_against_the_oracle(case, option, dtype):
+    x, pattern, tensors, options, sizes = operands(case, dtype, option)
+    dy = torch.randn(x.shape).to(dtype)
+    got, want = run(x, pattern, tensors, options, sizes, dy), truth(x, pattern, tensors, options, sizes, dy)
+    for name, expected in want.items():
+        value = got[name].double().numpy()
+        largest = np.abs(expected).max()
+        # float32: some ten roundings of the largest value; a sum of m products of both signs errs by √m roundings of
+        # terms that are as large as its largest. bfloat16 results are rounded once more, by half of 2⁻⁸.
+        m = x.numel() / max(value.size, 1)
+        tolerance = 2e-6 * largest * (1 + 0.05 * np.sqrt(m))
+        if got[name].dtype == torch.bfloat16:
+            tolerance = np.maximum(np.abs(expected) * 2**-8, tolerance + 2**-8 * largest * 1e-3)
+        worst = np.abs(value - expected) - tolerance
+        if options.get("activation") == "relu":  # at the kink a rounding of z may open or close the gate
+            worst = (
+                worst[np.abs(value - expected) < largest / 2]
+                if np.mean(np.abs(value - expected) >= largest / 2) < 1e-5
+                else worst
+            )
+        assert not np.any(~(worst <= 0)), f"{name}: {worst.max():.1e} beyond the tolerance, largest value {largest:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_threads_do_not_matter(case):
+    x, pattern, tensors, options, sizes = operands(case, torch.float32, "activation and residual")
+    dy = torch.randn(x.shape)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(x, pattern, tensors, options, sizes, dy))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+
+
+def test_an_offset_costs_nothing_in_a_shared_slab():
+    grid = (torch.randn(40, 2, 64, 64) * 1024).round() / 1024
+    for layout in (CONTIGUOUS, LAST):
+        for offset in (0, 8000):
+            x = (grid + offset).contiguous(memory_format=layout)
+            error = np.abs(
+                ns.normalize(x, "[n] c [h w]").double().numpy() - oracle.normalize(x.double().numpy(), "[n] c [h w]")
+            ).max()
+            assert error < 1.2e-6  # five roundings of values up to 5
+
+
+def test_a_bad_first_guess_of_the_mean_is_mended():
+    # The first cells, from which the shift is guessed, lie 10⁴ σ away: the sums are taken again around the mean found.
+    x = torch.randn(4, 3, 50, 50)
+    x[0, :, :2] = 1e4
+    for layout in (CONTIGUOUS, LAST):
+        y = ns.normalize(x.contiguous(memory_format=layout), "[n] c [h w]")
+        expected = oracle.normalize(x.double().numpy(), "[n] c [h w]")
+        assert np.abs(y.double().numpy() - expected).max() < 1e-5  # of values up to 10
+        variance = ns.moments(x, "[n] c [h w]").var
+        assert np.allclose(variance.numpy(), x.double().var((0, 2, 3), unbiased=False).numpy(), rtol=1e-6)
+
+
+def test_a_tensor_that_does_not_match_its_plan_is_refused():
+    x = torch.randn(4, 6)
+    layout = cpu.layout_of((4, 6), (6, 1), (0,), (False, False))
+    with pytest.raises(RuntimeError, match="plan does not match"):
+        torch.ops.normscope.forward.default(
+            x[:3].contiguous(), None, x, None, None, torch.empty(4, 6), layout.plan, False, True, True, 1e-5, 0
+        )
+    with pytest.raises(RuntimeError, match="float32 or bfloat16 only"):
+        torch.ops.normscope.forward.default(
+            x.double(), None, x.double(), None, None, torch.empty(4, 6), layout.plan, False, True, True, 1e-5, 0
+        )
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_of_this_machine(isa):
+    def python(*arguments):
+        environment = {**os.environ, "NORMSCOPE_ISA": isa, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+
+    used = python("-c", "from normscope.kernels import cpu; cpu.missing(); print(cpu.isa())").stdout.strip()
+    if used != isa or isa == cpu.isa():
+        return  # this machine lacks it, or the other tests of this file have just run it
+    chosen = "test_against_the_oracle and (plain or silu) or test_an_offset or test_a_bad_first_guess"
+    result = python("-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen)
+    assert result.returncode == 0, result.stdout[-3000:]
