@@ -466,6 +466,20 @@ def test_a_remedy_without_gain_on_b_is_taken_back(stale):
     assert state_hash(stale) == before
 
 
+def test_a_gain_that_split_c_contradicts_is_taken_back(stale):
+    report = check(stale, batches(30))
+    splits = report._ward.splits
+    foul = [(batch.data[0], (report.model(batch.data[0]).argmax(1))) for batch in splits.c]
+    worse = tuple(dataclasses.replace(b, data=data) for b, data in zip(splits.c, foul, strict=True))
+    ward = dataclasses.replace(report._ward, splits=dataclasses.replace(splits, c=worse))
+    before = state_hash(stale)
+    fix = dataclasses.replace(report, _ward=ward).fix()
+    assert not fix.applied
+    assert not fix.confirmed
+    assert fix.skipped[-1].outcome == "split C contradicts what split B showed"
+    assert state_hash(stale) == before
+
+
 @pytest.mark.parametrize("at", range(1, 30, 3))
 def test_an_interrupted_fix_leaves_the_model_as_it_was(stale, at):
     fault = Fault(KeyboardInterrupt, 0)
@@ -687,6 +701,16 @@ FIRES = [
     ("NRM103", measured(layer(mean=0.5), drift={"bn": drift()}, recalibrated=Effect()), "warn"),
     ("NRM104", measured(layer(seen=300, momentum=0.001), drift={"bn": drift()}, recalibrated=HARM), "fail"),
     ("NRM104", measured(layer(seen=3000, momentum=0.001), drift={"bn": drift()}, recalibrated=HARM), "warn"),
+    (
+        "NRM104",
+        measured(
+            layer(mean=0.5, var=1.5, seen=300, momentum=0.001),
+            own={"bn": moments(mean=2.0, var=3.0)},
+            drift={"bn": drift()},
+            recalibrated=HARM,
+        ),
+        "fail",
+    ),
     ("NRM106", measured(layer(momentum=0.99), seen={"bn": moments(n=16)}), "warn"),
     ("NRM106", measured(layer(momentum=0.0, training=True)), "warn"),
     ("NRM106", measured(layer(momentum=-0.1)), "warn"),
@@ -734,6 +758,11 @@ SILENT = [
     ("NRM104", measured(layer(seen=300)), "pass"),
     ("NRM104", measured(layer(seen=300, momentum=0.001), drift={"bn": drift(0.0, False)}), "info"),
     ("NRM104", measured(layer(seen=300, momentum=None)), "not-applicable"),
+    (
+        "NRM104",  # the momentum was made smaller at the end: the statistics are the data's
+        measured(layer(mean=2.0, var=3.0, seen=300, momentum=0.001), own={"bn": moments(mean=2.0, var=3.0)}),
+        "pass",
+    ),
     ("NRM106", measured(layer(momentum=None)), "pass"),
     ("NRM106", measured(layer(momentum=0.99), seen={"bn": moments(n=4096)}), "info"),
     ("NRM106", measured(layer(momentum=0.0, learns=False, training=True)), "not-applicable"),

@@ -10,6 +10,14 @@ from laws import LAWS, Trial, agrees_where_epsilon_decides, agrees_with_the_orac
 
 import normscope as ns
 from normscope import oracle
+from normscope.kernels import cpu
+
+
+@pytest.fixture(params=["compiled", "eager"], autouse=True)
+def kernels(request, monkeypatch):
+    """Every test of this file runs on both backends; where nothing is compiled, twice on the eager one."""
+    if request.param == "eager":
+        monkeypatch.setattr(cpu, "missing", lambda: "switched off by a test")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

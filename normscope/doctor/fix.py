@@ -92,9 +92,9 @@ def treat(ward: Ward, record: CheckRecord, unsafe: bool) -> FixReport:
     """Try the remedies of all findings, causes first; whatever interrupts leaves the model as it was."""
     start = time.monotonic()
     before = Snapshot(ward.model)
-    treatment = _Course(ward, unsafe)
+    course = _Course(ward, unsafe, before)
     try:
-        made = treatment.run(record.findings)
+        made = course.run(record.findings)
         with uninterrupted():
             before.keep_changes()
             return FixReport(ward.model, replace(made, seconds=time.monotonic() - start), before)
@@ -109,6 +109,7 @@ class _Course:
 
     ward: Ward
     unsafe: bool
+    start: Snapshot
     applied: list[Treatment] = field(default_factory=list)
     skipped: list[Treatment] = field(default_factory=list)
 
@@ -120,6 +121,13 @@ class _Course:
                 now = self.treat(finding, now)
         after_c = self.score(self.ward.splits.c) if self.applied else before_c
         final = self.effect(before_c, after_c)
+        if self.applied and final.cost is not None and final.cost.value < 0:
+            # What B took for a gain was chance: nothing may stay in the model on that ground.
+            self.start.restore()
+            outcome = "split C contradicts what split B showed"
+            self.skipped += [replace(treatment, outcome=outcome) for treatment in self.applied]
+            self.applied.clear()
+            now = before_b
         confirmed = bool(self.applied) and self.confirms(final)
         return FixRecord(
             tuple(self.applied), tuple(self.skipped), level(before_b), level(now), final.cost, confirmed, 0.0

@@ -72,11 +72,11 @@ def lessons(runs: Sequence[TrainingRun]) -> tuple[str, str]:
     for normalized in (True, False):
         mine = [run for run in runs if run.normalized == normalized]
         trained = [run.learning_rate for run in mine if run.final.value >= target]
-        highest.append(f"up to {max(trained):g}" if trained else "at none of them")
+        highest.append(f"up to {max(trained):g}" if trained else "at none")
         steps.append(_steps(_first(mine, target)))
     return (
-        f"Batch Normalization allows higher learning rates: it trained at rates {highest[0]}, without it {highest[1]}.",
-        f"It trains in fewer steps: {target:.1%} accuracy after {steps[0]} with it, {steps[1]} without.",
+        f"Learning rate: with Batch Normalization the network trained {highest[0]}, without it {highest[1]}.",
+        f"Speed: to {target:.1%} accuracy {steps[0]} with it, {steps[1]} without.",
     )
 
 

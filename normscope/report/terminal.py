@@ -278,9 +278,10 @@ def print_clinic(record: Clinic, console: Console) -> None:
         for treatment in patient.fix.applied:
             text = f"fix: {words.remedy_line(treatment.remedy)}"
             lines += [Text(f"    {part}", style="green") for part in _wrap(text, 2)]
-        path = " → ".join(words.score(i, percent=True) for i in (patient.trained, patient.ill, patient.cured))
+        trained, ill, cured = (words.score(i, percent=True) for i in (patient.trained, patient.ill, patient.cured))
         judged = ("confirmed", "bold green") if patient.fix.confirmed else ("not confirmed", "bold red")
-        lines.append(Text.assemble(f"    test accuracy trained → broken → repaired:  {path}   ", judged))
+        path = f"    test accuracy {trained} → broken {ill} → repaired {cured}   "
+        lines.append(Text.assemble(path, judged))
     _print(lines, console)
 
 

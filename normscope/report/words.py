@@ -50,6 +50,8 @@ STATUS: dict[Status, str] = {
     "could-not-check": "could not check",
 }
 SEVERITIES = "EWI"
+# Characters of a name that still tell something.
+LEAST_NAME = 12
 # Of the cost; less is no explanation.
 LEAST_SHARE = 0.5
 
@@ -121,6 +123,8 @@ def fold_layers(names: Sequence[str], width: int = 40) -> str:
     if common and len(".".join(common)) + len(count) + 3 <= width:
         return f"{'.'.join(common)}.* {count}"
     room = width - len(count) - 3
+    if room < LEAST_NAME:
+        return plural(len(shown), "layer")
     first = shown[0] if len(shown[0]) <= room else f"…{shown[0][len(shown[0]) - room + 1 :]}"
     return f"{first}, … {count}"
 

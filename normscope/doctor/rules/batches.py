@@ -72,7 +72,7 @@ def _last_batch(m: Measurements) -> int | None:
     return loader.last if loader.last is not None and loader.last < m.batch_size else None
 
 
-@rule("NRM302", "small-batch-noise", causes=("NRM304",))
+@rule("NRM302", "small-batch-noise", causes=("NRM301", "NRM304"))
 def small_batches(m: Measurements, t: Thresholds) -> Judgement:
     """Batches so small that their statistics are noise.
 

@@ -99,7 +99,7 @@ def _trained(layer: Layer) -> bool:
 @rule(
     "NRM103",
     "stale-statistics",
-    causes=("NRM101", "NRM102", "NRM104", "NRM106", "NRM113", "NRM203", "NRM205", "NRM304", "NRM602"),
+    causes=("NRM101", "NRM102", "NRM104", "NRM106", "NRM113", "NRM203", "NRM205", "NRM302", "NRM304", "NRM602"),
     intents=("tta-bn/adabn", "supernet", "recalibrating", "gan-batchstats-test"),
 )
 def stale(m: Measurements, t: Thresholds) -> Judgement:
@@ -169,6 +169,7 @@ def not_converged(m: Measurements, t: Thresholds) -> Judgement:
     (keras#10666).
     Threshold: r > 1 % and > 10 %, both only if recalibration gains on split B; 44 batches reach 1 % at momentum
     0.1, 459 at 0.01, 4603 at 0.001.
+    The statistics have to lie on that share of the way to the initial values: momentum may have been changed meanwhile.
     Evidence: k, momentum, r, how many batches are missing.
     Fixes: recal [S1]; momentum [S1] to 0.1.
     Intentional when: `recalibrating`.
@@ -179,7 +180,9 @@ def not_converged(m: Measurements, t: Thresholds) -> Judgement:
     if not known:
         return unfit("no normalizer counts batches with a momentum")
     residual = {x.name: (1 - (x.momentum or 0.0)) ** (x.seen or 0) for x in known}
-    high = {name: r for name, r in residual.items() if r > t.residual_warning}
+    high = {x.name: residual[x.name] for x in known if residual[x.name] > t.residual_warning}
+    # A momentum that was changed on the way counts batches that weighed more: the statistics themselves tell.
+    high = {name: r for name, r in high.items() if _toward_initial(m.layer(name), m) >= r / 2}
     if not high:
         return fine("the initial values have left the averages", {"largest residual": max(residual.values())})
     names = sorted(high, key=lambda name: -high[name])
@@ -194,6 +197,20 @@ def not_converged(m: Measurements, t: Thresholds) -> Judgement:
     facts["batches missing"] = float(missing)
     reason = f"initial values still weigh {high[names[0]]:.0%} in {short(names)} after {worst.seen} batches"
     return alarm(grade, reason, names, facts, m.recalibrated, ("recal", "momentum"))
+
+
+def _toward_initial(layer: Layer, m: Measurements) -> float:
+    """How far the statistics lie on the way from the data's to mean 0 and variance 1: 0 there, 1 at the initial values.
+
+    The slope of (running − data) over (initial − data), means in units of σ and variances in units of σ².
+    """
+    data = m.own.get(layer.name)
+    if data is None or layer.mean is None or layer.var is None:
+        return 1.0
+    spread = data.var + layer.eps
+    off = np.concatenate([(layer.mean - data.mean) / np.sqrt(spread), (layer.var - data.var) / spread])
+    way = np.concatenate([-data.mean / np.sqrt(spread), (1 - data.var) / spread])
+    return float(off @ way / max(float(way @ way), 1e-12))
 
 
 @rule("NRM106", "momentum-out-of-convention", intents=("momentum-none", "recalibrating"))

@@ -117,10 +117,21 @@ inline Sums horizontal(const float* a, const float* b) {
   return s;
 }
 
-// Σ(x − shift), Σ(x − shift)².
+// Σ(x − shift), Σ(x − shift)², in two levels: where the data lie on a grid, the roundings of one long float sum all point
+// the same way (2.6e-7 of the variance after 64 terms); after 8 terms and 8 sums they do not show.
 Sums sum_squares(const float* __restrict x, int64_t n, float shift) {
   alignas(64) float a[kLanes] = {}, b[kLanes] = {};
   int64_t i = 0;
+  for (; i + 8 * kLanes <= n; i += 8 * kLanes) {
+    alignas(64) float first[kLanes] = {}, second[kLanes] = {};
+    for (int u = 0; u < 8; ++u)
+      for (int j = 0; j < kLanes; ++j) {
+        const float d = x[i + u * kLanes + j] - shift;
+        first[j] += d;
+        second[j] += d * d;
+      }
+    for (int j = 0; j < kLanes; ++j) a[j] += first[j], b[j] += second[j];
+  }
   for (; i + kLanes <= n; i += kLanes)
     for (int j = 0; j < kLanes; ++j) {
       const float d = x[i + j] - shift;
@@ -535,6 +546,14 @@ void column_squares(const Across& a, const T* x, int64_t u, int64_t b, const flo
                     double* __restrict out) {
   alignas(64) float scratch[kSegment], first[kSegment] = {}, second[kSegment] = {};
   const int64_t n = a.width(u);
+  std::fill(out, out + n, 0.0);
+  std::fill(out + a.tile, out + a.tile + n, 0.0);
+  int64_t rows = 0;
+  auto flush = [&] {
+    for (int64_t k = 0; k < n; ++k) out[k] += first[k], out[a.tile + k] += second[k];
+    std::fill(first, first + n, 0.f);
+    std::fill(second, second + n, 0.f);
+  };
   a.block(u, b, [&](int64_t offset, int64_t) {
     const float* __restrict v = load(x + offset, n, scratch);
     for (int64_t k = 0; k < n; ++k) {
@@ -542,8 +561,9 @@ void column_squares(const Across& a, const T* x, int64_t u, int64_t b, const flo
       first[k] += d;
       second[k] += d * d;
     }
+    if (++rows % 16 == 0) flush();  // in two levels, as sum_squares
   });
-  for (int64_t k = 0; k < n; ++k) out[k] = first[k], out[a.tile + k] = second[k];
+  flush();
 }
 
 template <class T>
