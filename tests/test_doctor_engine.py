@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import signal
 import time
 
 import numpy as np
@@ -23,6 +24,7 @@ from normscope.doctor import (
     rule_pages,
 )
 from normscope.doctor import cache as caches
+from normscope.doctor.guard import bring_back
 from normscope.doctor.judge import findings_of, verdicts_of
 from normscope.doctor.measurements import (
     Dependence,
@@ -185,6 +187,51 @@ def test_whatever_is_injected_at_any_call_leaves_the_model_bit_identical(error):
         assert state_hash(model, rng=True) == before, f"call {at} of {counter.count}"
         assert state_hash(reference) == other
     assert raised == counter.count if error is KeyboardInterrupt else raised > 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no timer signals here")
+def test_ctrl_c_at_any_moment_leaves_the_model_bit_identical():
+    model, loader = patient_with_everything(), list(batches(6, 8))
+    before = state_hash(model, rng=True)
+    check(model, loader)
+    start = time.monotonic()
+    check(model, loader)
+    length = time.monotonic() - start
+
+    def press(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    old, interrupted = signal.signal(signal.SIGALRM, press), 0
+    try:
+        for share in np.linspace(0.02, 1.1, 40):
+            signal.setitimer(signal.ITIMER_REAL, share * length)
+            try:
+                check(model, loader)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            assert state_hash(model, rng=True) == before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert interrupted > 10
+
+
+def test_an_interrupt_during_the_restoration_does_not_stop_it():
+    class Nervous:
+        left, restored = 2, False
+
+        def restore(self):
+            self.left -= 1
+            if self.left >= 0:
+                raise KeyboardInterrupt
+            self.restored = True
+
+    first, second = Nervous(), Nervous()
+    with pytest.raises(KeyboardInterrupt):
+        bring_back(first, second)
+    assert first.restored
+    assert second.restored
 
 
 def test_the_injection_above_would_be_seen():

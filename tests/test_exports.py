@@ -9,8 +9,8 @@ import pytest
 PUBLIC = {
     "normscope": [
         "ArgumentError", "DataError", "DegenerateScopeError", "DependencyError", "DtypeError", "Moments",
-        "NormscopeError", "NotationError", "ShapeError", "__version__", "backends", "functional", "moments", "nn",
-        "normalize", "plan",
+        "NormscopeError", "NotationError", "ProofError", "ShapeError", "__version__", "assert_healthy", "backends",
+        "check", "freeze", "functional", "moments", "nn", "normalize", "plan", "recalibrate", "unfreeze",
     ],
     "normscope.functional": ["add_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"],
     "normscope.nn": [

@@ -4,7 +4,8 @@ Exit codes: 0 fine, 1 findings, 2 usage or loading error, 3 internal error or st
 progress and errors to stderr.
 """
 
-from normscope.cli import demo, doctor
+import normscope.cli.demo
+import normscope.cli.doctor  # noqa: F401 - both register their commands
 from normscope.cli.group import main
 
-__all__ = ["demo", "doctor", "main"]
+__all__ = ["main"]

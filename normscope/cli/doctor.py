@@ -46,7 +46,7 @@ GROUPS = {
 }
 
 
-class _Seconds(click.ParamType):
+class _Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Seconds, with or without the unit: 60, 60s."""
 
     name = "seconds"
@@ -77,7 +77,9 @@ def _examination(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--budget", type=_Seconds(), default="60", show_default=True, help="Time for the measurements."),
         click.option("--device", help="Where to run: cpu, cuda:0. Default: where the model is."),
         click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True),
-        click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as a page, too."),
+        click.option(
+            "--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as a page, too."
+        ),
         click.option("-v", "--verbose", is_flag=True, help="All layers, all evidence, what was not checked."),
     ]
 
@@ -100,7 +102,7 @@ def _examination(command: Callable[..., None]) -> Callable[..., None]:
     help="Lowest severity that makes the exit code 1.",
 )
 def check(fail_on: str, form: str, html: Path | None, verbose: bool, **given: Any) -> None:
-    """Find normalization trouble in MODEL: which layers, why, what it costs, what helps.
+    r"""Find normalization trouble in MODEL: which layers, why, what it costs, what helps.
 
     MODEL and every TARGET are package.module:name or path/to/file.py:name. MODEL names a function without arguments
     that returns the model, or the model itself. A TARGET without colon lies where MODEL does. Your code is used as it
@@ -114,6 +116,7 @@ def check(fail_on: str, form: str, html: Path | None, verbose: bool, **given: An
     """
     from rich.console import Console
 
+    _check_folder(html, "--html")
     report = _examine(given)
     record = _with_command(report.record, "check", given)
     if html is not None:
@@ -138,7 +141,7 @@ def fix(
     out: Path | None, only: tuple[str, ...], unsafe: bool, dry_run: bool, form: str, html: Path | None, verbose: bool,
     **given: Any,
 ) -> None:  # fmt: skip
-    """Check MODEL, apply what helps, confirm it on samples that chose nothing, and write a checkpoint.
+    r"""Check MODEL, apply what helps, confirm it on samples that chose nothing, and write a checkpoint.
 
     \b
     normscope fix train.py:build_model --data build_loader -o fixed.pt
@@ -151,8 +154,8 @@ def fix(
 
     if out is None and not dry_run:
         raise click.UsageError("name the checkpoint to write with -o PATH, or measure only with --dry-run")
-    if out is not None and not out.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {out.parent}", param_hint="-o")
+    _check_folder(out, "-o")
+    _check_folder(html, "--html")
     report = _examine({**given, "select": (*given["select"], *only)})
     with progress("repairing"):
         result = report.fix(unsafe=unsafe)
@@ -175,6 +178,12 @@ def fix(
         sys.exit(FINDINGS)
 
 
+def _check_folder(path: Path | None, option: str) -> None:
+    """Better now than after a minute of measuring."""
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {path.parent}", param_hint=option)
+
+
 def _save(
     report: Report, record: FixRecord, out: Path | None, kept: bool, given: dict[str, Any], *, quiet: bool
 ) -> None:
@@ -182,7 +191,9 @@ def _save(
     from normscope.doctor import checkpoint
 
     if out is None or not kept:
-        told = "nothing written" if out is None or not record.applied else "nothing written: split C does not confirm it"
+        told = (
+            "nothing written" if out is None or not record.applied else "nothing written: split C does not confirm it"
+        )
         click.echo(told, err=quiet)
         return
     try:

@@ -40,7 +40,7 @@ class _Group(click.Group):
             click.echo(f"internal error in normscope {ns.__version__}:\n{traceback.format_exc()}", err=True)
             ctx.exit(INTERNAL_ERROR)
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, _: click.Context) -> list[str]:
         """In the order of use instead of the alphabet."""
         return list(self.commands)
 
@@ -56,7 +56,8 @@ def _their_traceback(error: NormscopeError) -> str:
     theirs = [f for f in frames if "site-packages" not in f.filename]
     if not theirs and not isinstance(cause, SyntaxError):
         return ""
-    shown.stack[:] = frames
+    # Between their functions lie those of torch; the innermost one may tell more than theirs.
+    shown.stack[:] = theirs + [f for f in frames[-1:] if f not in theirs]
     shown.__cause__ = shown.__context__ = None
     return "".join(shown.format(chain=False))
 

@@ -40,7 +40,7 @@ def build_model(target: str) -> Module:
     model = _built(target, Module, "a torch.nn.Module")
     if not isinstance(model, Module):
         raise LoadingError(
-            f"{target} returned {_a(model)}, not a torch.nn.Module",
+            f"what {target} gives is {_a(model)}, not a torch.nn.Module",
             cure="name a function without arguments that returns the model",
         )
     return model
@@ -51,7 +51,7 @@ def build_loader(target: str, near: str) -> Any:
     loader = _built(beside(target, near), None, "an iterable of batches")
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise LoadingError(
-            f"{target} is {_a(loader)}, not an iterable of batches",
+            f"what {target} gives is {_a(loader)}, not an iterable of batches",
             cure="name a function without arguments that returns a DataLoader, or a list of batches",
         )
     return loader
@@ -152,14 +152,7 @@ def _built(target: str, ready: type | None, wanted: str) -> Any:
     found = _find(target)
     if (ready is not None and isinstance(found, ready)) or not callable(found):
         return found
-    with contextlib.suppress(ValueError):  # some builtins have no signature
-        try:
-            inspect.signature(found).bind()
-        except TypeError as error:
-            raise LoadingError(
-                f"{target} cannot be called without arguments: {error}",
-                cure=f"name a function that needs none and returns {wanted}",
-            ) from None
+    _check_signature(found, target, wanted)
     try:
         with their_code():
             return found()
@@ -169,8 +162,22 @@ def _built(target: str, ready: type | None, wanted: str) -> Any:
         raise LoadingError(f"{target} raised {type(error).__name__}", cure="mend it; its traceback is above") from error
 
 
+def _check_signature(builder: Callable[..., Any], target: str, wanted: str) -> None:
+    try:
+        signature = inspect.signature(builder)
+    except ValueError:  # some builtins have none
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise LoadingError(
+            f"{target}{signature} cannot be called without arguments: {error}",
+            cure=f"name a function that needs none and returns {wanted}",
+        ) from None
+
+
 def _a(thing: object) -> str:
-    return "None" if thing is None else f"a {type(thing).__name__}"
+    return "None" if thing is None else f"of type {type(thing).__name__}"
 
 
 def describe(device: str | None) -> torch.device | None:
@@ -179,5 +186,5 @@ def describe(device: str | None) -> torch.device | None:
         return None
     try:
         return torch.device(device)
-    except RuntimeError as error:
-        raise LoadingError(f"{device!r} is no device: {str(error).splitlines()[0]}", cure="e.g. cpu or cuda:0") from None
+    except RuntimeError:
+        raise LoadingError(f"{device!r} is no device", cure="e.g. cpu or cuda:0") from None

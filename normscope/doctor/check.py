@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from normscope.doctor import gates, judge
 from normscope.doctor.cache import generators, read
 from normscope.doctor.fix import Ward, level
+from normscope.doctor.guard import bring_back
 from normscope.doctor.measurements import Layer, Measurements
 from normscope.doctor.patient import Patient
 from normscope.doctor.probe import Callables, Probe
@@ -139,13 +140,14 @@ def rule_pages() -> dict[str, str]:
 def _unharmed(model: Module, reference: Module | None, loader: Iterable[Any]) -> Iterator[tuple[str, Snapshot]]:
     """Bring everything back whatever happens, and prove it (NRM904)."""
     others = [] if reference is None or reference is model else [reference]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(generators(loader))
-        before = state_hash(model, rng=True)
-        others_before = [state_hash(other) for other in others]
-        for other in others:
-            stack.enter_context(Snapshot(other, rng=False))
-        yield before, stack.enter_context(Snapshot(model))
+    before = state_hash(model, rng=True)
+    others_before = [state_hash(other) for other in others]
+    home, homes = Snapshot(model), [Snapshot(other, rng=False) for other in others]
+    with generators(loader):
+        try:
+            yield before, home
+        finally:
+            bring_back(*homes, home)
     changed = state_hash(model, rng=True) != before
     if changed or [state_hash(other) for other in others] != others_before:
         raise StateNotRestoredError(

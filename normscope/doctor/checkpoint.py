@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normscope.errors import ArgumentError, DataError
 from normscope.records import FixRecord
@@ -155,19 +156,18 @@ def _momentum(model: Module, layers: list[str]) -> None:
 
 def _track(model: Module, layers: list[str]) -> None:
     for found in find(model, layers):
-        found.module.track_running_stats = True
+        vars(found.module)["track_running_stats"] = True
     freeze(model, select=layers)
 
 
 def _give(model: Module, layers: list[str]) -> None:
     for found in find(model, layers):
         module = found.module
-        if getattr(module, "running_mean", None) is None:
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
             like = next(model.parameters(), torch.empty(0))
-            size = module.num_features
             module.track_running_stats = True
-            module.running_mean = torch.zeros(size, device=like.device, dtype=like.dtype)
-            module.running_var = torch.ones(size, device=like.device, dtype=like.dtype)
+            module.running_mean = torch.zeros(module.num_features, device=like.device, dtype=like.dtype)
+            module.running_var = torch.ones(module.num_features, device=like.device, dtype=like.dtype)
             module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=like.device)
 
 

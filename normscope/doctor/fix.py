@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from normscope.doctor import gates
 from normscope.doctor.cache import Batch, Splits
+from normscope.doctor.guard import bring_back
 from normscope.doctor.measurements import Effect, Outcome
 from normscope.doctor.patient import Patient
 from normscope.doctor.remedies import REMEDIES, Case
@@ -99,7 +100,7 @@ def treat(ward: Ward, record: CheckRecord, unsafe: bool) -> FixReport:
             before.keep_changes()
             return FixReport(ward.model, replace(made, seconds=time.monotonic() - start), before)
     except BaseException:
-        before.restore()
+        bring_back(before)
         raise
 
 
@@ -123,7 +124,7 @@ class _Course:
         final = self.effect(before_c, after_c)
         if self.applied and final.cost is not None and final.cost.value < 0:
             # What B took for a gain was chance: nothing may stay in the model on that ground.
-            self.start.restore()
+            bring_back(self.start)
             outcome = "split C contradicts what split B showed"
             self.skipped += [replace(treatment, outcome=outcome) for treatment in self.applied]
             self.applied.clear()

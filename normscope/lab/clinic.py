@@ -64,9 +64,10 @@ class Settings:
     def describe(self) -> tuple[tuple[str, str], ...]:
         """Name and value of every setting in words."""
         return (
-            ("network", f"{len(self.channels)} convolutions of {', '.join(map(str, self.channels))} channels, each with "
-             "Batch Normalization and ReLU, then the mean over the image and a linear classifier"),
-            ("training", f"{self.steps:,} steps of SGD, batch {self.batch}, rate {self.rate:g}, momentum {self.momentum:g}"),
+            ("network", f"convolutions of {', '.join(map(str, self.channels))} channels, each with Batch Normalization "
+             "and ReLU, then the mean over the image and a linear classifier"),
+            ("training", f"{self.steps:,} steps of SGD, batch {self.batch}, rate {self.rate:g}, "
+             f"momentum {self.momentum:g}"),
             ("average of the weights", f"exponential, {self.decay:g} of the old one per step"),
             ("second head", f"{self.more_steps:,} steps on the same images, brighter and paler (1 − x/2)"),
             ("seed", str(self.seed)),
@@ -123,7 +124,7 @@ def run(data: DataSet, settings: Settings, *, on_step: Tell | None = None) -> Cl
         settings: What to train.
         on_step: Called with the steps done, all steps, and the name of the present part.
     """
-    clock, tell = time.perf_counter(), on_step or (lambda done, total, what: None)
+    clock, tell = time.perf_counter(), on_step or _silent
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         ward = _ward(data, settings)
@@ -142,6 +143,10 @@ def run(data: DataSet, settings: Settings, *, on_step: Tell | None = None) -> Cl
         seed=settings.seed,
         seconds=time.perf_counter() - clock,
     )
+
+
+def _silent(*_: object) -> None:
+    """Tell nobody."""
 
 
 def _ward(data: DataSet, settings: Settings) -> _Ward:
@@ -189,16 +194,15 @@ def _train(ward: _Ward, settings: Settings, classes: int, tell: Tell) -> tuple[N
 def _accuracy(network: Network, samples: Batch) -> Interval:
     x, y = samples
     network.eval()
-    right = sum(int((network(a).argmax(1) == b).sum()) for a, b in zip(x.split(1000), y.split(1000), strict=True))
+    hits = [(network(x[k : k + 1000]).argmax(1) == y[k : k + 1000]).sum().item() for k in range(0, len(y), 1000)]
+    right = float(sum(hits))
     return accuracy_interval(right / len(y), len(y))
 
 
 # --- the patients -----------------------------------------------------------------------------------------------------
 
 
-def _average_patient(
-    network: Network, average: Network, ward: _Ward, settings: Settings, trained: Interval
-) -> Patient:
+def _average_patient(network: Network, average: Network, ward: _Ward, settings: Settings, trained: Interval) -> Patient:
     ill = _accuracy(average, ward.unseen)
     report = ns.check(average, ward.loader(settings.batch), reference=network)
     fixed = report.fix()
@@ -215,9 +219,7 @@ def _average_patient(
     )
 
 
-def _frozen_patient(
-    network: Network, ward: _Ward, settings: Settings, trained: Interval, tell: Tell
-) -> Patient:
+def _frozen_patient(network: Network, ward: _Ward, settings: Settings, trained: Interval, tell: Tell) -> Patient:
     for parameter in (*network.backbone.parameters(), *network.head.parameters()):
         parameter.requires_grad_(False)
     x, y = ward.train
@@ -229,9 +231,9 @@ def _frozen_patient(
     fixed = report.fix()
     return Patient(
         name="a frozen backbone, whose statistics are not frozen",
-        story="The same network got a second head for another camera, whose images are brighter and paler. Backbone and "
-        "first head were frozen with requires_grad_(False), so that the first task would stay as it was. But the loop "
-        "called model.train(), and in training mode running statistics follow the data, frozen weights or not.",
+        story="The same network got a second head for another camera, whose images are brighter and paler. Backbone "
+        "and first head were frozen with requires_grad_(False), so that the first task would stay as it was. But the "
+        "loop called model.train(), and in training mode running statistics follow the data, frozen weights or not.",
         trained=trained,
         ill=ill,
         cured=_accuracy(network, ward.unseen),

@@ -282,6 +282,7 @@ def _typical(percentiles: dict[int, Tensor]) -> tuple[Bands, tuple[float, ...]]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
+    """Run on one thread, so that numbers do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

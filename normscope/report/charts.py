@@ -22,7 +22,7 @@ LEAST_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One row: a bar from `start` to `end`, its interval, all in percent of the width; None where there is no number."""
+    """One row: a bar from `start` to `end` and its interval, in percent of the width; None where there is no number."""
 
     label: str
     text: str

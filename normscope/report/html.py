@@ -14,7 +14,7 @@ from normscope.report import charts, words
 from normscope.report.charts import Bar, Chart
 from normscope.report.figures import Panel
 
-__all__ = ["render_check", "figure1_page"]
+__all__ = ["figure1_page", "render_check"]
 
 SEVERITY = {"E": "error", "W": "warning", "I": "hint"}
 
@@ -63,17 +63,11 @@ def render_check(record: CheckRecord, fix: FixRecord | None = None) -> str:
 
 
 def _cards(record: CheckRecord) -> list[_Card]:
-    now, after = words.now_and_after(record)
     cards = []
-    percent = words.is_percent(record.cost)
-    for name, mine, other, share in (
-        (words.metric_name(record), now and now.metric, after and after.metric, percent),
-        ("loss", now and now.loss, after and after.loss, False),
-    ):
-        if mine is not None:
-            cost = record.cost if record.cost is not None and (record.cost.unit == "loss") == (name == "loss") else None
-            bar = None if cost is None else charts.cost_bar(cost)
-            cards.append(_Card(name, words.score(mine, share), words.score(other, share), bar))
+    for row in words.compared(record):
+        cost = record.cost if record.cost is not None and (record.cost.unit == "loss") == row.loss else None
+        bar = None if cost is None else charts.cost_bar(cost)
+        cards.append(_Card(row.name, words.score(row.now, row.percent), words.score(row.after, row.percent), bar))
     return cards
 
 

@@ -46,7 +46,7 @@ def _print(lines: list[Text], console: Console) -> None:
 
 def _short(record: CheckRecord) -> Iterator[Text]:
     alarms = [f for f in words.causes(record.findings) if f.severity != "I"]
-    head = [*_header(record), Text(), *_scores(record)]
+    head = [*_header(record), *_notes(record, 2, 2), Text(), *_scores(record)]
     foot = list(_footer(record))
     room = MOST_LINES - len(head) - len(foot)
     yield from head
@@ -74,25 +74,24 @@ def _header(record: CheckRecord) -> Iterator[Text]:
         yield Text(f"two evaluations of one batch differ by {words.number(record.noise_floor)} (relative)", style="dim")
 
 
+def _notes(record: CheckRecord, most: int, lines: int) -> Iterator[Text]:
+    for note in record.notes[:most]:
+        wrapped = textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="  ", max_lines=lines, placeholder=" …")
+        yield from (Text(line, style="dim") for line in wrapped)
+
+
 def _scores(record: CheckRecord) -> Iterator[Text]:
     """What the decision table compares, in one line per number."""
-    now, after = words.now_and_after(record)
-    if now is None:
+    rows = words.compared(record)
+    if not rows:
         yield Text("  cost not measured: pass --metric or --loss", style="yellow")
         yield Text()
         return
-    percent = words.is_percent(record.cost)
-    rows = (
-        (words.metric_name(record), now.metric, after and after.metric, percent),
-        ("loss", now.loss, after and after.loss, False),
-    )
-    heading = f"{now.samples:,} samples of split B"
+    heading = f"{record.splits[1]:,} samples of split B"
     yield Text(f"  {heading:28}{'now':>10}{'recalibrated':>16}   lost now [99%]", style="dim")
-    for label, mine, other, share in rows:
-        if mine is not None:
-            lost = _lost(record, label == "loss")
-            numbers = f"{words.score(mine, share):>10}{words.score(other, share):>16}"
-            yield Text(f"  {_cut(label, 28):28}{numbers}   {lost}".rstrip())
+    for row in rows:
+        numbers = f"{words.score(row.now, row.percent):>10}{words.score(row.after, row.percent):>16}"
+        yield Text(f"  {_cut(row.name, 28):28}{numbers}   {_lost(record, row.loss)}".rstrip())
     yield Text()
 
 
@@ -117,14 +116,16 @@ def _headline(record: CheckRecord, finding: Finding) -> Text:
     left = f"{finding.severity} {finding.code} {finding.name}"
     layers = words.fold_layers(finding.layers, max(16, WIDTH - len(left) - len(right) - 4))
     gap = max(2, WIDTH - len(left) - len(layers) - len(right) - 2)
-    line = Text.assemble((left, SEVERITY_STYLE[finding.severity]), "  ", layers, " " * gap, (right, "bold"))
-    return line
+    return Text.assemble((left, SEVERITY_STYLE[finding.severity]), "  ", layers, " " * gap, (right, "bold"))
 
 
 def _share(record: CheckRecord, finding: Finding) -> str:
-    if finding.cost is None:
-        return words.share(record, finding) or "cost not measured"
-    return words.share(record, finding) or f"costs {words.interval(finding.cost)}"
+    explained = words.share(record, finding)
+    if explained or finding.cost is None:
+        return explained or "cost not measured"
+    cost = words.interval(finding.cost)
+    # The interval of the whole cost stands in the table above.
+    return f"costs {cost.partition(' [')[0] if finding.cost == record.cost else cost}"
 
 
 def _fix_lines(finding: Finding) -> list[str]:
@@ -162,8 +163,7 @@ def _next(record: CheckRecord) -> str:
 
 def _everything(record: CheckRecord) -> Iterator[Text]:
     yield from _header(record)
-    for note in record.notes:
-        yield from (Text(line, style="dim") for line in textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent="  "))
+    yield from _notes(record, len(record.notes), 9)
     yield Text()
     yield from _scores(record)
     for finding in words.causes(record.findings):
@@ -176,7 +176,7 @@ def _everything(record: CheckRecord) -> Iterator[Text]:
 def _full_block(record: CheckRecord, finding: Finding, indent: str = "    ") -> Iterator[Text]:
     yield _headline(record, finding)
     yield from (Text(f"{indent}{part}") for part in _wrap(finding.message, 20))
-    for name in finding.layers[20:] and finding.layers[:20] or finding.layers:
+    for name in finding.layers:
         yield Text(f"{indent}layer {name or '(the model itself)'}", style="dim")
     for fact in finding.facts:
         value = fact.text if fact.value is None else f"{words.number(fact.value)} {fact.text}".rstrip()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from normscope.records import CheckRecord, Finding, Interval, Remedy, Score, Status
+from normscope.records import CheckRecord, Finding, Interval, Remedy, Status
 
 __all__ = [
     "SAFETY",
     "STATUS",
     "causes",
     "command",
+    "compared",
     "consequences",
     "counts",
     "fold_layers",
@@ -20,7 +22,6 @@ __all__ = [
     "is_percent",
     "level",
     "metric_name",
-    "now_and_after",
     "number",
     "plural",
     "rank",
@@ -190,11 +191,28 @@ def command(record: CheckRecord, remedy: Remedy) -> str:
     return " ".join(part for part in (given.replace(" check ", " fix ", 1), options, tail) if part)
 
 
-def now_and_after(record: CheckRecord) -> tuple[Score | None, Score | None]:
-    """The model as it is, and the state that does best with other statistics."""
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A metric or a loss of the model as it is and with recalibrated statistics."""
+
+    name: str
+    loss: bool
+    percent: bool
+    now: Interval
+    after: Interval | None
+
+
+def compared(record: CheckRecord) -> list[Compared]:
+    """The metric and the loss, as far as they were measured."""
     now = next((s for s in record.scores if s.state == "eval"), None)
     after = next((s for s in record.scores if s.state.startswith("recalibrated")), None)
-    return now, after
+    rows = []
+    if now is not None and now.metric is not None:
+        best = None if after is None else after.metric
+        rows.append(Compared(metric_name(record), False, is_percent(record.cost), now.metric, best))
+    if now is not None and now.loss is not None:
+        rows.append(Compared("loss", True, False, now.loss, None if after is None else after.loss))
+    return rows
 
 
 def verdict(record: CheckRecord) -> str:
