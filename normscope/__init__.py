@@ -19,7 +19,7 @@ from normscope.kernels import backends
 from normscope.surgery import freeze, recalibrate, unfreeze
 
 if TYPE_CHECKING:
-    from normscope.doctor import assert_healthy, check
+    from normscope.doctor.check import assert_healthy, check
 
 __version__ = "0.1.0"
 

@@ -45,7 +45,7 @@ from normscope.doctor.remedies import REMEDIES
 from normscope.doctor.rules.base import Judgement, Rule, rule
 from normscope.errors import ArgumentError, DataError
 from normscope.records import CheckRecord, Interval
-from normscope.surgery import state_hash
+from normscope.surgery import freeze, state_hash
 
 T = Thresholds()
 HARM = Effect(Interval(5.0, 4.0, 6.0, "pp"), None, "E")
@@ -471,6 +471,167 @@ def test_assert_healthy_returns_the_report(trained):
 # --- the main job -----------------------------------------------------------------------------------------------------
 
 
+class Functional(nn.Module):
+    def __init__(self, trained):
+        super().__init__()
+        self.one, self.head = trained.one, nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(F.batch_norm(self.one(x), None, None, training=True))
+
+
+class Random(nn.Module):
+    def __init__(self, trained):
+        super().__init__()
+        self.net = trained
+
+    def forward(self, x):
+        return self.net(F.dropout(x, 0.3, training=True))
+
+
+def frozen_part(model):
+    for part in (model.one, model.bn1, model.two, model.bn2):
+        part.requires_grad_(False)
+    return model.train()
+
+
+def without_buffers(model):
+    fresh = Net(16)
+    fresh.load_state_dict(dict(model.named_parameters()), strict=False)
+    return fresh.eval()
+
+
+def bare(model):
+    for norm in (model.bn1, model.bn2):
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    return model
+
+
+def changed(model, path, **attributes):
+    for name, value in attributes.items():
+        setattr(model.get_submodule(path), name, value)
+    return model
+
+
+def halved(model):
+    with torch.no_grad():
+        for weight in (model.one.weight, model.two.weight):
+            weight.add_(torch.randn_like(weight) * weight.std())
+    return model
+
+
+def by_label():
+    x, y = next(batches(1, 768))
+    return list(zip(x[y.argsort()].split(64), y.sort().values.split(64), strict=True))
+
+
+def sgd(model):
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def plain_step(model, batch, optimizer):
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+def careful_step(model, batch, optimizer):
+    model.bn1.eval()
+    model.bn2.eval()
+    plain_step(model, batch, optimizer)
+
+
+BOTH = ("bn1", "bn2")
+# name: (the model made from a trained one, options of check, code, status, layers)
+CASES = {
+    "one NaN": (lambda m: changed(m, "bn1", running_mean=torch.full((16,), torch.nan)), {}, "NRM101", "fail", ("bn1",)),
+    "no buffers loaded": (without_buffers, {}, "NRM102", "fail", BOTH),
+    "fresh": (lambda m: Net().eval(), {}, "NRM102", "pass", ()),
+    "momentum": (lambda m: changed(m, "bn2", momentum=0.99), {}, "NRM106", "warn", ("bn2",)),
+    "weights moved": (halved, {"reference": lambda m: m}, "NRM113", "fail", BOTH),
+    "weights stayed": (lambda m: m, {"reference": lambda m: m}, "NRM113", "pass", ()),
+    "average without buffers": (without_buffers, {"reference": lambda m: m}, "NRM602", "fail", BOTH),
+    "its online model": (lambda m: m, {"reference": without_buffers}, "NRM602", "fail", BOTH),
+    "no eval": (lambda m: m.train(), {"predict": lambda m, x: m(x)}, "NRM201", "warn", BOTH),
+    "eval": (lambda m: m.train(), {"predict": lambda m, x: m.eval()(x)}, "NRM201", "pass", ()),
+    "functional": (Functional, {}, "NRM210", "warn", ("",)),
+    "no statistics": (bare, {}, "NRM210", "warn", BOTH),
+    "no statistics, dependent": (bare, {}, "NRM201", "warn", BOTH),
+    "half frozen": (frozen_part, {}, "NRM203", "warn", BOTH),
+    "half frozen, stepped": (frozen_part, {"train_step": plain_step, "optimizer": sgd}, "NRM203", "warn", BOTH),
+    "frozen by the step": (frozen_part, {"train_step": careful_step, "optimizer": sgd}, "NRM203", "pass", ()),
+    "frozen once": (lambda m: careful(frozen_part(m)), {}, "NRM204", "warn", BOTH),
+    "frozen for good": (lambda m: freeze(frozen_part(m)).model, {}, "NRM204", "pass", ()),
+    "flag": (lambda m: changed(m, "bn2", track_running_stats=False), {}, "NRM205", "fail", ("bn2",)),
+    "evaluates in training mode": (
+        lambda m: m.train(), {"evaluate": lambda m: m(torch.randn(9, 6))}, "NRM208", "fail", BOTH
+    ),
+    "evaluates": (lambda m: m.train(), {"evaluate": lambda m: m.eval()(torch.randn(9, 6))}, "NRM208", "pass", ()),
+    "parameters saved": (lambda m: m, {"roundtrip": without_buffers}, "NRM607", "fail", BOTH),
+    "all saved": (lambda m: m, {"roundtrip": copy.deepcopy}, "NRM607", "pass", ()),
+    "rest of one": (lambda m: m.train(), {"loader": [*batches(), next(batches(1, 1))]}, "NRM301", "fail", BOTH),
+    "batches of two": (lambda m: m.train(), {"loader": list(batches(120, 2))}, "NRM302", "fail", BOTH),
+    "sorted": (lambda m: m.train(), {"loader": by_label()}, "NRM304", "fail", BOTH),
+    "sorted, evaluated": (lambda m: m, {"loader": by_label()}, "NRM304", "info", BOTH),
+    "unused layer": (lambda m: m.add_module("extra", nn.BatchNorm1d(3)) or m, {}, "NRM901", "info", ("extra",)),
+    "random": (Random, {}, "NRM903", "warn", ()),
+}  # fmt: skip
+
+
+def careful(model):
+    model.bn1.eval()
+    model.bn2.eval()
+    return model
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_defect_is_measured_and_judged(trained, name):
+    build, options, code, status, layers = CASES[name]
+    torch.manual_seed(0)
+    model, options = build(copy.deepcopy(trained)), dict(options)
+    loader = options.pop("loader", None) or list(batches(24))
+    if "reference" in options:
+        options["reference"] = options["reference"](copy.deepcopy(trained))
+    if "optimizer" in options:
+        options["optimizer"] = options["optimizer"](model)
+    before = state_hash(model, rng=True)
+    report = check(model, loader, **options)
+    assert state_hash(model, rng=True) == before
+    assert report[code].status == status, report[code].reason
+    assert set(report[code].layers) == set(layers)
+    assert not [v for v in report.verdicts if v.reason.startswith("the rule raised")]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("one NaN", "recal"),
+        ("no buffers loaded", "recal"),
+        ("average without buffers", "copy-buffers"),
+        ("weights moved", "recal"),
+        ("no statistics", "give-statistics"),
+        ("half frozen", "freeze"),
+        ("frozen once", "freeze"),
+        ("flag", "track-flag"),
+        ("momentum", "momentum"),
+    ],
+)
+def test_its_remedy_cures_it_and_undo_takes_it_back(trained, name, remedy):
+    build, options, code, status, _ = CASES[name]
+    model = build(copy.deepcopy(trained))
+    reference = options["reference"](copy.deepcopy(trained)) if "reference" in options else None
+    before = state_hash(model)
+    report = check(model, batches(24), reference=reference)
+    fix = report.fix()
+    assert remedy in [t.remedy.code for t in fix.applied]
+    assert fix.confirmed
+    cured = check(fix.model, batches(24, seed=9), reference=reference)
+    assert cured[code].status in ("pass", "info", "not-applicable"), cured[code].reason
+    assert cured.passed("W")
+    fix.undo()
+    assert state_hash(model) == before
+
+
 def test_stale_statistics_are_found_priced_repaired_and_confirmed(stale, trained):
     loader = list(batches(30))
     report = check(stale, loader)
@@ -539,6 +700,31 @@ def test_an_interrupted_fix_leaves_the_model_as_it_was(stale, at):
         assert state_hash(stale, rng=True) == before
     else:
         assert at > 12, "a fix has fewer calls than that"
+
+
+def test_the_search_for_layers_ends_with_the_budget(stale, monkeypatch):
+    monkeypatch.setattr("normscope.doctor.probe.ATTRIBUTION_ENDS", 0.0)
+    report = check(stale, batches())
+    assert any("search for the layers" in note for note in report.record.notes)
+    assert report.findings[0].explains is None
+
+
+def test_time_folded_into_the_batch_is_no_grouping_by_the_loader():
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.head = nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            n, steps, c = x.shape
+            return self.head(self.bn(x.reshape(n * steps, c)).reshape(n, steps, c).mean(1))
+
+    generator = torch.Generator().manual_seed(0)
+    loader = [
+        torch.randn(16, 1, 6, generator=generator) + 0.1 * torch.randn(16, 10, 6, generator=generator)
+        for _ in range(30)
+    ]
+    assert check(Folded().train(), loader)["NRM304"].status == "pass"
 
 
 def test_scores_are_inferred_for_classification_only_and_said_so(trained):
@@ -658,6 +844,13 @@ def test_gate_3_grades_by_size_and_interval():
     assert few.grade == "I"
     assert few.cost.low <= 0
     assert gates.effect(outcome(bad[:3]), outcome(good[:3]), T).grade is None
+
+
+def test_gate_3_does_not_trust_a_handful_of_numbers():
+    lost = np.array([0.1, 0.2, 0.9, 0.3, 0.8, 0.2])
+    felt = gates.effect(outcome(1 - lost), outcome(np.ones(6)), T)
+    assert felt.cost.low < 0
+    assert felt.grade == "I"
 
 
 def test_gate_3_without_a_metric_goes_by_the_share_of_the_loss():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -11,11 +12,12 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree as ET
 
 import pytest
+from check_records import make_check, make_finding, make_fix
 from rich.console import Console
 
 from normscope import records
 from normscope.errors import DependencyError
-from normscope.report import figures, html, terminal
+from normscope.report import charts, figures, html, terminal, words
 
 HOSTILE = "<script>alert('1')</script>&[bold]"
 
@@ -252,3 +254,295 @@ def test_imports_are_light():
         assert "sklearn" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- the report of a check --------------------------------------------------------------------------------------------
+
+
+def printed(show, *args, encoding="utf-8", **options):
+    """What a terminal of 80 columns gets."""
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding=encoding, errors="replace")
+    show(*args[:1], Console(file=out, width=80), *args[1:], **options)
+    out.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def plain(page):
+    """The text of a page as it is read."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.partition("<script")[0]))
+
+
+def many(count, layers=20):
+    paths = [f"backbone.layer{k // 4}.{k % 4}.bn1" for k in range(layers)]
+    return make_check(tuple(make_finding(f"NRM{100 + k}", "E", f"trouble-{k}", paths) for k in range(count)), layers)
+
+
+@pytest.mark.parametrize("record", [make_check(), make_fix()], ids=["check", "fix"])
+def test_records_of_the_doctor_survive_json(record):
+    text = records.to_json(record)
+    json.loads(text, parse_constant=strict)
+    assert records.from_json(type(record), text) == record
+
+
+def test_records_of_the_doctor_survive_json_with_odd_numbers():
+    record = make_check(noise_floor=math.nan, cost=records.Interval(math.inf, -math.inf, math.nan, "loss"))
+    text = records.to_json(record)
+    assert records.to_json(records.from_json(records.CheckRecord, text)) == text
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        make_check(),
+        make_check(()),
+        make_check(scores=(), cost=None),
+        many(1),
+        many(7),
+        many(40, 200),
+        make_check(words="x" * 300),
+        make_check((make_finding(words="y" * 200, message="word " * 400),)),
+    ],
+    ids=["usual", "healthy", "unpriced", "one", "seven", "forty", "long words", "long message"],
+)
+def test_the_short_report_fits_a_screen(record):
+    lines = printed(terminal.print_check, record).splitlines()
+    assert len(lines) <= 25
+    # A command stays whole, so that it can be copied.
+    assert max(len(line) for line in lines if not line.startswith("next:")) <= 80
+
+
+def test_the_short_report_says_it_all():
+    text = printed(terminal.print_check, make_check())
+    for shown in (
+        "normscope 0.1.0   SegNet: 6 normalizers (6 BatchNorm)",
+        "1,920 samples   38.4 s   seed 0   cpu   model restored: yes (hash 9f3c1a2b)",
+        "accuracy                         71.4%           76.9%   5.5 pp [4.6, 6.4]",
+        "loss                             0.930           0.710\n",
+        "E NRM203 half-frozen  encoder.bn1, encoder.bn2            explains 93% of 5.5 pp\n",
+        "fix: measure the statistics again [S1: statistics and flags, no weights]",
+        "└ consequence: NRM103 stale-statistics in encoder.bn2",
+        "W NRM301 too-few-values  head.bn                               cost not measured\n",
+        "I 1 more: NRM106 momentum-out-of-convention",
+        "passed 10   not applicable 1   needs input 1   could not check 1",
+        "next: normscope fix SegNet --data SegNet -o fixed.pt",
+    ):
+        assert shown in text
+    assert text.index("NRM203") < text.index("NRM103") < text.index("NRM301")
+
+
+def test_the_short_report_counts_what_it_leaves_out():
+    text = printed(terminal.print_check, many(7))
+    assert text.count("E NRM10") == 3
+    assert "… 4 more troubles: --verbose or the page shows them" in text
+
+
+def test_the_short_report_of_a_healthy_model():
+    text = printed(terminal.print_check, make_check(()))
+    assert "No normalization trouble was found: 10 rules passed, 2 not checked." in text
+    assert "next:" not in text
+
+
+def test_the_short_report_without_a_cost():
+    text = printed(terminal.print_check, make_check(scores=(), cost=None))
+    assert "cost not measured: pass --metric or --loss" in text
+
+
+def test_a_terminal_without_unicode_gets_ascii():
+    record = make_check(reading="δ ≥ 0.25 σ – “μ” × 2 → ρ’s ±1 …")
+    for verbose in (False, True):
+        text = printed(terminal.print_check, record, encoding="ascii", verbose=verbose)
+        assert "?" not in text
+        assert "` consequence:" in text
+
+
+def test_nothing_is_read_as_markup():
+    for verbose in (False, True):
+        text = printed(terminal.print_check, make_check(words="[bold]x[/bold]"), verbose=verbose)
+        assert "[bold]x[/bold]: 6 normalizers" in text
+
+
+def test_the_long_report_leaves_nothing_out():
+    record = many(9)
+    text = printed(terminal.print_check, record, verbose=True)
+    for finding in record.findings:
+        assert f"{finding.severity} {finding.code} {finding.name}" in text
+    assert all(f"layer {row.name}" in text for row in record.layers)
+    assert "freeze the statistics, too [S3: your code]\n      ns.freeze(model.encoder)" in text
+    assert "NRM208 SegNet: needs input: SegNet" in text
+
+
+def test_the_repair_in_the_terminal():
+    text = printed(terminal.print_fix, make_fix(), make_check())
+    for shown in (
+        "applied NRM103 recal [S1]  encoder.bn1  +5.4 pp [4.5, 6.3]",
+        "skipped NRM304 code [S3]  encoder.bn1\n    an edit of your code",
+        "accuracy on split B, which chose the remedies:  71.4% → 76.9%",
+        "gain on split C, which chose nothing:  +5.1 pp [4.2, 6.0] (99%)  confirmed",
+    ):
+        assert shown in text
+    assert "not confirmed" in printed(terminal.print_fix, make_fix(confirmed=False))
+    assert "not verified: pass" in printed(terminal.print_fix, make_fix(before=None, after=None, gain=None))
+    assert "nothing to repair" in printed(terminal.print_fix, make_fix(applied=(), skipped=()))
+
+
+@pytest.fixture(scope="module")
+def report():
+    return html.render_check(make_check(), make_fix())
+
+
+def test_check_page_shows_the_numbers(report):
+    text = plain(report)
+    for shown in (
+        "Normalization trouble costs 5.5 pp [4.6, 6.4] of accuracy; the first cause is NRM203 half-frozen",
+        "71.4% now, 76.9% recalibrated",
+        "On split B, which chose the remedies: 71.4% before, 76.9% after. On split C, which chose nothing: "
+        "+5.1 pp [4.2, 6.0] , confirmed",
+        "error NRM203 half-frozen",
+        "It explains 93% of 5.5 pp.",
+        "1 consequence of it: NRM103 stale-statistics",
+        "warning NRM301 too-few-values",
+        "1 hint: no measured harm, worth knowing",
+        "moved 0.410 median over channels, σ",
+        "10 passed",
+        "1 could not check",
+        "split A (diagnose) 640, B (verify) 640, C (confirm) 640",
+    ):
+        assert shown in text
+    assert text.index("NRM203 half-frozen") < text.index("NRM301 too-few-values") < text.index("NRM106")
+
+
+def test_check_page_escapes_every_word():
+    hostile = "</script><script>alert('1')</script>&[bold]"
+    finding = make_finding(
+        "NRM103", words=hostile, layers=(hostile,), message=hostile,
+        facts=(records.Fact(hostile, None, hostile),),
+        remedies=(records.Remedy(hostile, "S1", hostile, hostile),),
+    )  # fmt: skip
+    child = make_finding("NRM104", words=hostile, layers=(hostile,), explained_by="NRM103")
+    record = make_check((finding, child), words=hostile, device=hostile, reading=hostile, before=hostile)
+    treatment = records.Treatment(hostile, finding.remedies[0], (hostile,), None, hostile)
+    page = html.render_check(record, make_fix(applied=(treatment,), skipped=(treatment,)))
+    found = Elements(page).found
+    scripts = [attrs for tag, attrs in found if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "record"}]
+    assert not [tag for tag, _ in found if tag == "bold"]
+    assert not [attrs for _, attrs in found if any(name.startswith("on") for name in attrs)]
+    assert page.count("&lt;/script&gt;&lt;script&gt;") >= 25
+    assert embedded(page) == record
+
+
+def embedded(page):
+    """The record that a page carries."""
+    text = re.search(r'<script type="application/json" id="record">(.*?)</script>', page, re.DOTALL)[1]
+    return records.from_json(records.CheckRecord, text)
+
+
+def test_check_page_carries_its_record(report):
+    assert embedded(report) == make_check()
+
+
+def test_check_page_needs_no_network_and_no_script(report):
+    found = Elements(report).found
+    assert not [tag for tag, _ in found if tag in ("link", "iframe", "img", "object")]
+    assert [attrs["type"] for tag, attrs in found if tag == "script"] == ["application/json"]
+    assert all(attrs.get(name, "#").startswith("#") for _, attrs in found for name in ("src", "href", "xlink:href"))
+    assert "url(" not in report
+    assert "@import" not in report
+    policy = next(attrs["content"] for tag, attrs in found if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+
+
+def test_check_page_is_accessible(report):
+    found = Elements(report).found
+    names = [attrs["id"] for _, attrs in found if "id" in attrs]
+    assert len(names) == len(set(names))
+    used = {attrs["aria-labelledby"] for _, attrs in found if "aria-labelledby" in attrs}
+    used |= {attrs["href"][1:] for tag, attrs in found if tag == "a"}
+    assert {"NRM203", "NRM103"} <= used <= set(names)
+    assert all("scope" in attrs for tag, attrs in found if tag == "th")
+    assert sum(tag == "table" for tag, _ in found) == sum(tag == "caption" for tag, _ in found)
+    # Pictures repeat what stands beside them as a number.
+    assert all(attrs.get("aria-hidden") == "true" for tag, attrs in found if tag == "svg")
+    levels = [int(tag[1]) for tag, _ in found if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
+    for need in ("prefers-color-scheme: dark", "@media print", "@media (max-width"):
+        assert need in report
+
+
+def test_check_page_is_small():
+    assert len(html.render_check(many(5, 200), make_fix()).encode()) <= 300_000
+
+
+def test_check_page_without_trouble_or_normalizers():
+    assert "no trouble found" in html.render_check(make_check(()))
+    page = html.render_check(make_check((), layers=0, scores=(), cost=None))
+    assert "The model has no normalizers that normscope knows: nothing was checked." in page
+
+
+def test_charts_stay_inside_their_frame():
+    odd = (math.nan, math.inf, -3.0, 0.0, 1e308, None)
+    rows = tuple(
+        dataclasses.replace(row, delta=value, rho=value, explains=value, values=value)
+        for row, value in zip(make_check().layers, odd, strict=True)
+    )
+    finding = make_finding("NRM103", layers=[row.name for row in rows])
+    record = make_check((finding,))
+    record = dataclasses.replace(record, layers=rows)
+    for chart in (charts.chart_of(record, finding), charts.shares_chart(record, finding)):
+        for bar in (bar for row in chart.rows for bar in row):
+            assert all(0 <= p <= 100 for p in (bar.start, bar.end, bar.low, bar.high) if p is not None)
+    html.render_check(record)
+
+
+def test_charts_show_thresholds_and_flags():
+    record = make_check()
+    chart = charts.chart_of(record, record.findings[0])
+    assert [bars[0].alarm for bars in chart.rows] == [True, True, False, False, False, False]
+    assert [bars[0].text for bars in chart.rows][:3] == ["0", "0.100", "0.200"]
+    place, meaning = chart.marks[0]
+    assert place == 50.0  # the scale ends at twice the threshold, and no layer is beyond
+    assert meaning == "at most 0.250 is healthy"
+    assert charts.chart_of(record, make_finding("NRM902", layers=())) is None
+
+
+def test_costs_are_drawn_from_zero():
+    bar = charts.cost_bar(records.Interval(5.0, 4.0, 10.0, "pp"))
+    assert (bar.start, bar.low < bar.end < bar.high) == (0.0, True)
+    assert bar.text == "5.0 pp [4.0, 10.0]"
+    both = charts.cost_bar(records.Interval(0.0, -1.0, 1.0, "pp"))
+    assert both.low < both.start == both.end < both.high
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.25, "0.250"), (12.345, "12.3"), (99.99, "100.0"), (1234.5, "1,234"), (2e-5, "2.0e-05"),
+     (math.nan, "nan"), (-0.5, "-0.500"), (3e9, "3.00e+09")],
+)  # fmt: skip
+def test_numbers_in_words(value, text):
+    assert words.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("names", "width", "text"),
+    [
+        (("a.bn",), 40, "a.bn"),
+        (("",), 40, "(the model itself)"),
+        (("a.b1", "a.b2"), 40, "a.b1, a.b2"),
+        (tuple(f"enc.block.{k}.bn" for k in range(30)), 40, "enc.block.* (30 layers)"),
+        (tuple(f"block{k}.norm" for k in range(30)), 40, "block0.norm, … (30 layers)"),
+        (tuple(f"block{k}.norm" for k in range(30)), 20, "30 layers"),
+        (("a" * 60,), 20, "…" + "a" * 19),
+    ],
+)
+def test_layers_in_few_words(names, width, text):
+    assert words.fold_layers(names, width) == text
+    assert len(text) <= width
+
+
+def test_a_remedys_command_has_the_users_arguments():
+    remedy = records.Remedy("recal", "S1", "again", "normscope fix MODEL --data DATA --rule NRM103 -o fixed.pt")
+    record = make_check(settings=(("command", "normscope check m.py:f --data g --metric h"),))
+    assert words.command(record, remedy) == "normscope fix m.py:f --data g --metric h --rule NRM103 -o fixed.pt"
+    assert words.command(make_check(settings=()), remedy) == remedy.command

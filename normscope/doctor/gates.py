@@ -106,7 +106,9 @@ def design_effect(moments: Mapping[str, Moments], t: Thresholds, seed: int) -> d
     search over layers finds by chance is in it.
     """
     usable = {n: m for n, m in moments.items() if m.samples is not None and len(m.means) > 1}
-    usable = {n: m for n, m in usable.items() if m.samples is not None and np.isfinite(m.samples).all()}
+    usable = {
+        n: m for n, m in usable.items() if m.samples is not None and m.samples.size and np.isfinite(m.samples).all()
+    }
     found = {name: _design(m.samples, m.groups) for name, m in usable.items()}
     found = {name: d for name, d in found.items() if math.isfinite(d)}
     if not found or max(found.values()) < t.design_warning:

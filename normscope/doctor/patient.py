@@ -145,7 +145,7 @@ class Patient:
             for batch in batches:
                 if self._runs(batch, unfit) is None:
                     watch.pending.clear()
-                watch.commit()
+                watch.commit(batch.size)
         return watch.moments()
 
     def score(self, name: str, batches: Sequence[Batch], *, unfit: list[Batch] | None = None) -> Outcome:
@@ -276,8 +276,8 @@ class Watch:
 
         return see
 
-    def commit(self) -> None:
-        """Close a batch: all calls of a layer in it count as one."""
+    def commit(self, size: int) -> None:
+        """Close a batch of this many samples: all calls of a layer in it count as one."""
         for found in self.layers:
             calls = self.pending.pop(found.name, [])
             if not calls:
@@ -293,9 +293,8 @@ class Watch:
                 count /= mean.shape[0]
             self.batches.setdefault(found.name, []).append((count, centre.cpu().numpy(), var.cpu().numpy()))
             if self.keep_samples:
-                step = max(1, mean.shape[1] // KEPT_CHANNELS)
-                first = calls[0][0]  # one row per sample, however often the layer is called
-                self.samples.setdefault(found.name, []).append(first[:, ::step].float().cpu().numpy())
+                rows = _by_sample(calls[0][0], size)
+                self.samples.setdefault(found.name, []).append(rows.float().cpu().numpy())
 
     def moments(self) -> dict[str, Moments]:
         """What was noted, by layer."""
@@ -311,3 +310,15 @@ class Watch:
                 infinite=self.infinite.get(name, 0),
             )
         return found
+
+
+def _by_sample(rows: Tensor, size: int) -> Tensor:
+    """One row per sample, of some channels; none where the rows are no samples.
+
+    A model that folds time into the batch gives several rows per sample: they belong together, and taken for samples of
+    their own would look like a loader that groups.
+    """
+    if rows.shape[0] % size:
+        return rows[:0]
+    step = max(1, rows.shape[1] // KEPT_CHANNELS)
+    return rows[:, ::step].reshape(size, rows.shape[0] // size, -1).mean(dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -117,6 +118,7 @@ class Tracer(TorchFunctionMode):
         self.sites: list[Site] = []
         self.calls: list[FunctionalCall] = []
         self._stack: list[str] = []
+        self._counts: collections.Counter[str] = collections.Counter()
         self._norms = {id(f.module): f for f in find(model)}
         self._inside = 0
 
@@ -144,8 +146,8 @@ class Tracer(TorchFunctionMode):
             self._inside += 1
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is not None:
-                index = sum(site.layer == name for site in self.sites)
-                self.sites.append(Site(name, index, tuple(x.shape), _per_statistic(found, tuple(x.shape))))
+                self.sites.append(Site(name, self._counts[name], tuple(x.shape), _per_statistic(found, tuple(x.shape))))
+                self._counts[name] += 1
 
         return enter
 

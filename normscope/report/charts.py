@@ -16,6 +16,8 @@ __all__ = ["Bar", "Chart", "chart_of", "cost_bar", "patient_chart", "shares_char
 
 # Rows that a reader takes in; the table of all normalizers has the rest.
 MOST_ROWS = 24
+# The doctor looks for the few layers that explain nearly all.
+MOST_SHARES = 8
 # Of the cost; where no layer alone explains more, a chart of shares tells nothing.
 LEAST_SHARE = 0.05
 
@@ -62,8 +64,12 @@ class _Column:
 
 
 _DRIFT = (
-    _Column("δ: |running mean − data mean| in σ", lambda row: row.delta, "drift_mean"),
-    _Column("ρ: |ln(running variance / data variance)|", lambda row: row.rho, "drift_var"),
+    _Column("δ", lambda row: row.delta, "drift_mean"),
+    _Column("ρ", lambda row: row.rho, "drift_var"),
+)
+DRIFT_CAPTION = (
+    "Running statistics against the data's, median over the channels: "
+    "δ = |running mean − data mean| / σ, ρ = |ln(running variance / data variance)|"
 )
 # What the figure of a rule shows; every other rule about layers shows the drift.
 _FIGURES: dict[str, tuple[str, tuple[_Column, ...]]] = {
@@ -88,7 +94,7 @@ def chart_of(record: CheckRecord, finding: Finding) -> Chart | None:
     if finding.code in _FIGURES:
         caption, columns = _FIGURES[finding.code]
     elif finding.code in _DRIFTING:
-        caption, columns = "Running statistics against the data's, median over the channels", _DRIFT
+        caption, columns = DRIFT_CAPTION, _DRIFT
     else:
         return None
     rows = [row for row in record.layers if any(_known(column.get(row)) for column in columns)]
@@ -137,7 +143,7 @@ def shares_chart(record: CheckRecord, finding: Finding) -> Chart | None:
                 alarm=True,
             ),
         )
-        for row in rows[:MOST_ROWS]
+        for row in rows[:MOST_SHARES]
     ]
     worse = " (below 0: alone it makes things worse)" if any((row.explains or 0.0) < 0 for row in rows) else ""
     return Chart(

@@ -18,6 +18,8 @@ __all__ = ["print_check", "print_clinic", "print_figure1", "print_fix", "print_l
 VERDICT_STYLE = {"agrees": "bold green", "contradicts": "bold red", "open": "bold yellow"}
 SEVERITY_STYLE = {"E": "bold red", "W": "bold yellow", "I": "bold cyan"}
 WIDTH = 80
+# Characters for the layers of a finding.
+LEAST_LAYERS = 16
 # A report that is longer than a terminal is not read.
 MOST_LINES = 25
 # What a terminal that knows only ASCII gets instead.
@@ -113,8 +115,8 @@ def _block(record: CheckRecord, finding: Finding) -> list[Text]:
 
 def _headline(record: CheckRecord, finding: Finding) -> Text:
     right = _share(record, finding)
-    left = f"{finding.severity} {finding.code} {finding.name}"
-    layers = words.fold_layers(finding.layers, max(16, WIDTH - len(left) - len(right) - 4))
+    left = _cut(f"{finding.severity} {finding.code} {finding.name}", WIDTH - len(right) - LEAST_LAYERS - 4)
+    layers = words.fold_layers(finding.layers, max(LEAST_LAYERS, WIDTH - len(left) - len(right) - 4))
     gap = max(2, WIDTH - len(left) - len(layers) - len(right) - 2)
     return Text.assemble((left, SEVERITY_STYLE[finding.severity]), "  ", layers, " " * gap, (right, "bold"))
 
