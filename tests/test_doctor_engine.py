@@ -444,6 +444,13 @@ def test_the_record_survives_json(stale, tmp_path):
     assert records.from_json(CheckRecord, (tmp_path / "report.json").read_text(encoding="utf-8")) == report.record
 
 
+def test_the_page_is_written(stale, tmp_path):
+    check(stale, batches()).to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "NRM103" in page
+    assert "bn2" in page
+
+
 def test_every_sample_takes_part_in_at_most_six_passes(trained):
     passes = [p for p in check(trained, batches()).record.passes if "P5" not in p.name]
     for part in "AB":
@@ -513,10 +520,10 @@ def changed(model, path, **attributes):
     return model
 
 
-def halved(model):
+def grown(model):
     with torch.no_grad():
         for weight in (model.one.weight, model.two.weight):
-            weight.add_(torch.randn_like(weight) * weight.std())
+            weight.mul_(4)
     return model
 
 
@@ -548,7 +555,7 @@ CASES = {
     "no buffers loaded": (without_buffers, {}, "NRM102", "fail", BOTH),
     "fresh": (lambda m: Net().eval(), {}, "NRM102", "pass", ()),
     "momentum": (lambda m: changed(m, "bn2", momentum=0.99), {}, "NRM106", "warn", ("bn2",)),
-    "weights moved": (halved, {"reference": lambda m: m}, "NRM113", "fail", BOTH),
+    "weights moved": (grown, {"reference": lambda m: m}, "NRM113", "fail", BOTH),
     "weights stayed": (lambda m: m, {"reference": lambda m: m}, "NRM113", "pass", ()),
     "average without buffers": (without_buffers, {"reference": lambda m: m}, "NRM602", "fail", BOTH),
     "its online model": (lambda m: m, {"reference": without_buffers}, "NRM602", "fail", BOTH),
@@ -556,11 +563,17 @@ CASES = {
     "eval": (lambda m: m.train(), {"predict": lambda m, x: m.eval()(x)}, "NRM201", "pass", ()),
     "functional": (Functional, {}, "NRM210", "warn", ("",)),
     "no statistics": (bare, {}, "NRM210", "warn", BOTH),
-    "no statistics, dependent": (bare, {}, "NRM201", "warn", BOTH),
+    "no statistics, dependent": (bare, {}, "NRM201", "fail", BOTH),
     "half frozen": (frozen_part, {}, "NRM203", "warn", BOTH),
     "half frozen, stepped": (frozen_part, {"train_step": plain_step, "optimizer": sgd}, "NRM203", "warn", BOTH),
     "frozen by the step": (frozen_part, {"train_step": careful_step, "optimizer": sgd}, "NRM203", "pass", ()),
     "frozen once": (lambda m: careful(frozen_part(m)), {}, "NRM204", "warn", BOTH),
+    "frozen once, stepped": (
+        lambda m: careful(frozen_part(m)), {"train_step": step, "optimizer": sgd}, "NRM204", "warn", BOTH
+    ),
+    "frozen in every step": (
+        lambda m: careful(frozen_part(m)), {"train_step": careful_step, "optimizer": sgd}, "NRM204", "pass", ()
+    ),
     "frozen for good": (lambda m: freeze(frozen_part(m)).model, {}, "NRM204", "pass", ()),
     "flag": (lambda m: changed(m, "bn2", track_running_stats=False), {}, "NRM205", "fail", ("bn2",)),
     "evaluates in training mode": (
@@ -617,7 +630,7 @@ def test_a_defect_is_measured_and_judged(trained, name):
     ],
 )
 def test_its_remedy_cures_it_and_undo_takes_it_back(trained, name, remedy):
-    build, options, code, status, _ = CASES[name]
+    build, options, code, _, _ = CASES[name]
     model = build(copy.deepcopy(trained))
     reference = options["reference"](copy.deepcopy(trained)) if "reference" in options else None
     before = state_hash(model)

@@ -32,6 +32,7 @@ FUNCTIONS = {
     "train-step": "train_step(model, batch, optimizer), run three times on a copy.",
     "evaluate": "evaluate(model), your own evaluation: does it change the model?",
     "predict": "predict(model, inputs), the path used in production.",
+    "roundtrip": "roundtrip(model), your save and load: does it keep the buffers?",
 }
 GROUPS = {
     "1": "running statistics",

@@ -122,6 +122,12 @@ def assert_healthy(model: Module, loader: Iterable[Any], *, fail_on: Severity = 
 
     Raises:
         UnhealthyError: An AssertionError that lists the findings.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).eval()
+        >>> ns.assert_healthy(model, [torch.randn(16, 3) for _ in range(6)]).passed("W")
+        True
     """
     report = check(model, loader, **options)
     if not report.passed(fail_on):

@@ -287,9 +287,9 @@ def _quality(outcome: Outcome) -> float:
     return -float(np.where(np.isfinite(loss), loss, np.inf).mean())
 
 
-def quality(outcome: Outcome) -> float:
-    """One number, higher is better; the loss first, which sees more than a metric of few steps."""
-    if outcome.loss is not None:
+def quality(outcome: Outcome, by_metric: bool = False) -> float:
+    """One number, higher is better; by default the loss, which sees more than a metric of few steps."""
+    if outcome.loss is not None and not by_metric:
         return -float(np.where(np.isfinite(outcome.loss), outcome.loss, 1e9).mean())
     return _quality(outcome)
 

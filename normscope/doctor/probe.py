@@ -147,19 +147,6 @@ class Probe:
         if user.predict is not None:
             with self.home:
                 self.found["dependence"] = dependence(self.patient, few_of(first), user.predict)
-            self._score_prediction()
-
-    def _score_prediction(self) -> None:
-        """The user's own path on split B, if loss or metric can read what it returns."""
-        predict = self.user.predict
-        if predict is None or (self.patient.loss is None and self.patient.metric is None) or not self.splits.b:
-            return
-        twin = dataclasses.replace(self.patient, forward=lambda model, data: predict(model, _input(data)))
-        try:
-            with self.home, torch.no_grad():
-                self.found.setdefault("outcomes", {})["predict"] = twin.score("predict", self.splits.b)
-        except Exception as error:
-            self.notes.append(f"predict could not be scored: {type(error).__name__}: {error}")
 
     # --- P1 -------------------------------------------------------------------------------------------------------
 
@@ -281,6 +268,7 @@ class Probe:
         self._most_frequent(b)
         if own:
             self._score_recalibrated(own, outcomes)
+        self._score_prediction(outcomes)
         if "predict" in outcomes:
             self.found["predicted"] = gates.effect(outcomes["predict"], outcomes["eval"], t, self.seed)
         elif self.found["dependence"].layers and "batch_problem" not in self.found:
@@ -292,6 +280,20 @@ class Probe:
         if self._at_chance(outcomes):
             self.notes.append("no state of the model is better than chance at these labels: the cost tells nothing")
             self.found |= {"recalibrated": Effect(), "batch": Effect(), "small": Effect(), "predicted": Effect()}
+
+    def _score_prediction(self, outcomes: dict[str, Outcome]) -> None:
+        """The user's own path on split B, in the modes as handed over, if loss or metric can read what it returns."""
+        predict = self.user.predict
+        if predict is None:
+            return
+        twin = dataclasses.replace(self.patient, forward=lambda model, data: predict(model, _input(data)))
+        if self.patient.inferred:
+            twin.loss = None  # predict may return probabilities, whose order is all that can be relied on
+        try:
+            with self.home, torch.no_grad():
+                outcomes["predict"] = twin.score("predict (B)", self.splits.b)
+        except Exception as error:
+            self.notes.append(f"predict could not be scored: {type(error).__name__}: {error}")
 
     def _most_frequent(self, batches: Sequence[Batch]) -> None:
         """The accuracy of always answering the most frequent label."""
@@ -361,27 +363,33 @@ class Probe:
         names = sorted((n for n, d in drift.items() if d.share > 0), key=lambda n: (-drift[n].share, -_size(drift[n])))
         if not effect.harmful or not names:
             return
-        patient, b = self.patient, thin(self.splits.b, ATTRIBUTION_BATCHES)
+        patient, b, outcomes = self.patient, thin(self.splits.b, ATTRIBUTION_BATCHES), self.found["outcomes"]
         statistics = statistics_of(self.found["own"], self.found["best_estimator"])
+        # What the cost was seen in: a loss may hide what the metric shows, and the other way round.
+        by_metric = effect.cost is not None and effect.cost.unit != "loss" and effect.cost.low > 0
 
-        def level(only: list[str]) -> float:
+        def level(only: Sequence[str]) -> float:
             with patient.with_statistics(statistics, only):
-                return gates.quality(patient.score(f"P5 attribution, {len(only)} layers (B)", b))
+                outcome = patient.score(f"P5 attribution, {len(only)} layers (B)", b)
+            return gates.quality(outcome, by_metric)
 
-        low, high = level([]), level(list(statistics))
+        whole = len(b) == len(self.splits.b)
+        low = gates.quality(outcomes["eval"], by_metric) if whole else level([])
+        high = gates.quality(outcomes["recalibrated"], by_metric) if whole else level(list(statistics))
         if not high > low:
             return
         shares: dict[str, float] = {}
         together: list[str] = []
         for name in names[:CANDIDATES]:
-            if self.left < self.budget * (1 - ATTRIBUTION_ENDS):
+            # Another candidate takes two passes, each about as long as the longest so far.
+            spent = max(p.seconds for p in patient.passes[-3:])
+            if self.left < self.budget * (1 - ATTRIBUTION_ENDS) + 2 * spent:
                 self.notes.append("the search for the layers that carry the cost ended with the budget")
                 break
             together.append(name)
             shares[name] = (level([name]) - low) / (high - low)
-            if len(together) > 1 and (level(together) - low) / (high - low) >= self.thresholds.explained:
-                break
-            if shares[name] >= self.thresholds.explained:
+            reached = shares[name] if len(together) == 1 else (level(together) - low) / (high - low)
+            if reached >= self.thresholds.explained:
                 break
         self.found["shares"] = shares
 

@@ -113,9 +113,9 @@ def _block(record: CheckRecord, finding: Finding) -> list[Text]:
     return lines
 
 
-def _headline(record: CheckRecord, finding: Finding) -> Text:
+def _headline(record: CheckRecord, finding: Finding, indent: str = "") -> Text:
     right = _share(record, finding)
-    left = _cut(f"{finding.severity} {finding.code} {finding.name}", WIDTH - len(right) - LEAST_LAYERS - 4)
+    left = _cut(f"{indent}{finding.severity} {finding.code} {finding.name}", WIDTH - len(right) - LEAST_LAYERS - 4)
     layers = words.fold_layers(finding.layers, max(LEAST_LAYERS, WIDTH - len(left) - len(right) - 4))
     gap = max(2, WIDTH - len(left) - len(layers) - len(right) - 2)
     return Text.assemble((left, SEVERITY_STYLE[finding.severity]), "  ", layers, " " * gap, (right, "bold"))
@@ -176,19 +176,22 @@ def _everything(record: CheckRecord) -> Iterator[Text]:
 
 
 def _full_block(record: CheckRecord, finding: Finding, indent: str = "    ") -> Iterator[Text]:
-    yield _headline(record, finding)
-    yield from (Text(f"{indent}{part}") for part in _wrap(finding.message, 20))
+    yield _headline(record, finding, indent[4:])
+    yield from (Text(f"{indent}{part}") for part in _wrap(finding.message, 20, len(indent) - 4))
     for name in finding.layers:
         yield Text(f"{indent}layer {name or '(the model itself)'}", style="dim")
     for fact in finding.facts:
         value = fact.text if fact.value is None else f"{words.number(fact.value)} {fact.text}".rstrip()
-        yield from (Text(f"{indent}{part}", style="dim") for part in _wrap(f"{fact.name}: {value}", 4))
+        yield from (Text(f"{indent}{part}", style="dim") for part in _wrap(f"{fact.name}: {value}", 4, len(indent) - 4))
     for remedy in finding.remedies:
-        yield from (Text(f"{indent}{part}", style="green") for part in _wrap(f"fix: {words.remedy_line(remedy)}", 9))
+        yield from (
+            Text(f"{indent}{part}", style="green")
+            for part in _wrap(f"fix: {words.remedy_line(remedy)}", 9, len(indent) - 4)
+        )
         yield from (Text(f"{indent}  {line}", style="green") for line in words.command(record, remedy).splitlines())
     for child in words.consequences(record.findings, finding):
         yield Text(f"{indent}└ consequence:", style="dim")
-        yield from _full_block(record, child, indent + "  ")
+        yield from _full_block(record, child, indent + "    ")
     yield Text()
 
 
@@ -216,8 +219,8 @@ def _unchecked(record: CheckRecord) -> Iterator[Text]:
         yield Text()
 
 
-def _wrap(text: str, lines: int) -> list[str]:
-    return textwrap.wrap(" ".join(text.split()), WIDTH - 4, max_lines=lines, placeholder=" …")
+def _wrap(text: str, lines: int, indent: int = 0) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), WIDTH - 4 - indent, max_lines=lines, placeholder=" …")
 
 
 def _cut(text: str, width: int) -> str:

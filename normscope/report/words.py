@@ -61,9 +61,9 @@ def number(value: float) -> str:
     """Three significant digits, without exponents where a reader would not write one."""
     if not math.isfinite(value):
         return str(value)
-    if value == 0:
-        return "0"
     size = abs(value)
+    if size < 1000 and value == round(value):
+        return f"{value:.0f}"
     if size >= 1000:
         return f"{value:,.0f}" if size < 1e7 else f"{value:.2e}"
     if size < 1e-3:
