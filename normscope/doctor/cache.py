@@ -26,7 +26,7 @@ __all__ = ["Batch", "Cache", "LoaderFacts", "Splits", "few_of", "generators", "r
 # because costs are measured by samples.
 MOST_BATCHES = 96
 MOST_SAMPLES = 3072
-MOST_BYTES = 96 << 20
+MOST_BYTES = 64 << 20
 # An endless loader ends here; a finite one rarely is longer than this many batches per epoch.
 MOST_READ = 4096
 FEWEST = 6

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from normscope.errors import NormscopeError, ShapeError
 from normscope.functional.core import check_activation
 
-__all__ = ["Layer", "Tracking", "check_input_dim", "normalizes", "path_of"]
+__all__ = ["Layer", "Lazy", "Tracking", "check_input_dim", "normalizes", "path_of"]
 
 Forward = TypeVar("Forward", bound=Callable[..., Tensor])
 
@@ -60,6 +60,41 @@ class Tracking(Layer):
         """Count a batch once it has entered; one that raised has not."""
         if counts and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+
+
+class Lazy(Tracking):
+    """The constructor of the lazy layers: without num_features, which the first input tells.
+
+    Args:
+        eps: ε.
+        momentum: Weight of the newest batch in the running statistics; None for the mean of all batches.
+        affine: Learn γ and β.
+        track_running_stats: Keep running statistics.
+        device: As in torch.
+        dtype: As in torch.
+        bias: Learn β; γ alone without it.
+        activation: Applied last; see `normscope.normalize`.
+    """
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        torch.nn.modules.batchnorm._LazyNormBase.__init__(
+            self,  # type: ignore[arg-type]
+            eps, momentum, affine, track_running_stats, device, dtype,
+        )  # fmt: skip
+        if not bias:
+            self.register_parameter("bias", None)
+        self.set_activation(activation)
 
 
 def normalizes(forward: Forward) -> Forward:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normscope.functional import batch_norm
-from normscope.nn.base import Tracking, check_input_dim, normalizes
+from normscope.nn.base import Lazy, Tracking, check_input_dim, normalizes
 
 __all__ = [
     "BatchNorm1d",
@@ -71,30 +71,6 @@ class _BatchNorm(Tracking, torch.nn.modules.batchnorm._BatchNorm):
         )
         self.count_batch(tracks)
         return output
-
-
-class _LazyBatchNorm(_BatchNorm):
-    """The constructor of the lazy layers: without num_features, which the first input tells."""
-
-    def __init__(
-        self,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        activation: str | None = None,
-    ) -> None:
-        torch.nn.modules.batchnorm._LazyNormBase.__init__(
-            self,  # type: ignore[arg-type]
-            eps, momentum, affine, track_running_stats, device, dtype,
-        )  # fmt: skip
-        if not bias:
-            self.register_parameter("bias", None)
-        self.set_activation(activation)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -193,21 +169,21 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     _expects = "(N, C, D, H, W)"
 
 
-class LazyBatchNorm1d(_LazyBatchNorm, torch.nn.LazyBatchNorm1d):
+class LazyBatchNorm1d(Lazy, _BatchNorm, torch.nn.LazyBatchNorm1d):
     """`BatchNorm1d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C) or (N, C, L)"
     cls_to_become = BatchNorm1d
 
 
-class LazyBatchNorm2d(_LazyBatchNorm, torch.nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(Lazy, _BatchNorm, torch.nn.LazyBatchNorm2d):
     """`BatchNorm2d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C, H, W)"
     cls_to_become = BatchNorm2d
 
 
-class LazyBatchNorm3d(_LazyBatchNorm, torch.nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(Lazy, _BatchNorm, torch.nn.LazyBatchNorm3d):
     """`BatchNorm3d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C, D, H, W)"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normscope.errors import ShapeError
 from normscope.functional import instance_norm
-from normscope.nn.base import Tracking, check_input_dim, normalizes
+from normscope.nn.base import Lazy, Tracking, check_input_dim, normalizes
 
 __all__ = [
     "InstanceNorm1d",
@@ -95,30 +95,6 @@ class _InstanceNorm(Tracking, torch.nn.modules.instancenorm._InstanceNorm):
         )
         self.count_batch(tracks)
         return output
-
-
-class _LazyInstanceNorm(_InstanceNorm):
-    """The constructor of the lazy layers: without num_features, which the first input tells."""
-
-    def __init__(
-        self,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        bias: bool = True,
-        activation: str | None = None,
-    ) -> None:
-        torch.nn.modules.batchnorm._LazyNormBase.__init__(
-            self,  # type: ignore[arg-type]
-            eps, momentum, affine, track_running_stats, device, dtype,
-        )  # fmt: skip
-        if not bias:
-            self.register_parameter("bias", None)
-        self.set_activation(activation)
 
 
 class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
@@ -214,21 +190,21 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     _expects = "(N, C, D, H, W) or (C, D, H, W)"
 
 
-class LazyInstanceNorm1d(_LazyInstanceNorm, torch.nn.LazyInstanceNorm1d):
+class LazyInstanceNorm1d(Lazy, _InstanceNorm, torch.nn.LazyInstanceNorm1d):
     """`InstanceNorm1d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C, L) or (C, L)"
     cls_to_become = InstanceNorm1d
 
 
-class LazyInstanceNorm2d(_LazyInstanceNorm, torch.nn.LazyInstanceNorm2d):
+class LazyInstanceNorm2d(Lazy, _InstanceNorm, torch.nn.LazyInstanceNorm2d):
     """`InstanceNorm2d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C, H, W) or (C, H, W)"
     cls_to_become = InstanceNorm2d
 
 
-class LazyInstanceNorm3d(_LazyInstanceNorm, torch.nn.LazyInstanceNorm3d):
+class LazyInstanceNorm3d(Lazy, _InstanceNorm, torch.nn.LazyInstanceNorm3d):
     """`InstanceNorm3d` that learns num_features from its first input; its arguments otherwise."""
 
     _expects = "(N, C, D, H, W) or (C, D, H, W)"

@@ -164,6 +164,10 @@ class FunctionalNorm(nn.Module):
         return F.batch_norm(x, None, None, self.weight, self.bias, training=True)
 
 
+class Whiten(FunctionalNorm):
+    """The same under a name that tells nothing."""
+
+
 class KeepsEval(Net):
     """Its train() leaves the first two blocks alone."""
 
@@ -323,6 +327,7 @@ class Fixture:
         layers: Where the defect was put; () where that has no place.
         at: The least severity that counts as found.
         healthy: What a perfect repair would give, for the share of the loss that is restored.
+        also: Other rules that rightly call out errors.
         pairs: Score it in batches of two, where the loss shows.
     """
 
@@ -333,6 +338,7 @@ class Fixture:
     at: str = "W"
     healthy: nn.Module | None = None
     pairs: bool = False
+    also: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -681,12 +687,17 @@ def nrm205(role, case):
         bn.track_running_stats = False
         f.layers = (name,)
         if case.odd:  # training went on with it
+            old = copy.deepcopy(bn)
             case.continued(f.model, 30, 0.3)
-            f.healthy = copy.deepcopy(f.model)
-            f.healthy.get_submodule(name).track_running_stats = True
-            f.healthy = case.recalibrated(f.healthy)
+            bn.track_running_stats = True
+            f.healthy = case.recalibrated(f.model)
+            f.model = copy.deepcopy(f.healthy)
+            bn = f.model.get_submodule(name)
+            bn.load_state_dict({**bn.state_dict(), "running_mean": old.running_mean, "running_var": old.running_var})
+            bn.track_running_stats = False
     if role == "clean":
         replace(f.model, name, without_buffers(bn))
+        f.also = ("NRM201", "NRM210")  # this rule has nothing to say, those have
     if role == "near-miss":
         replace(f.model, name, FrozenNorm(bn))
     return f
@@ -748,7 +759,7 @@ def nrm210(role, case):
     if role == "defect":
         f.healthy, f.pairs = case.model(), True
     if case.odd:
-        replace(f.model, name, FunctionalNorm(bn))
+        replace(f.model, name, (Whiten if case.seed % 4 == 3 else FunctionalNorm)(bn))
     else:
         replace(f.model, name, without_buffers(bn))
     f.layers = (name,)
@@ -911,11 +922,11 @@ def examine(rule, role, kind, seed):
     if role == "defect" and loud and f.layers:
         top = set(verdict.layers[:3])
         placed = bool(top) and (top <= set(f.layers) if len(f.layers) > 1 else set(f.layers) <= top)
-    result = Result(
-        rule, role, kind, seed, severity, verdict.status, verdict.reason, loud != (role == "defect"), placed,
-        unrelated=tuple(c for c, x in found.items() if x.severity == "E" and c != rule and not related(c, rule, found)),
-        others={c: x.severity for c, x in found.items() if c != rule},
-    )  # fmt: skip
+    wrong = loud != (role == "defect")
+    errors = [c for c, x in found.items() if x.severity == "E" and c not in (rule, *f.also)]
+    unrelated = tuple(c for c in errors if not related(c, rule, found))
+    others = {c: x.severity for c, x in found.items() if c != rule}
+    result = Result(rule, role, kind, seed, severity, verdict.status, verdict.reason, wrong, placed, unrelated, others)
     if role == "defect" and mine is not None and f.healthy is not None and felt(mine):
         repair(result, f, report, mine)
     return result
