@@ -1,6 +1,6 @@
 """How often the doctor is right: every fixture of every rule, on three kinds of networks and several seeds.
 
-    python scripts/confusion.py [--seeds 5] [--rules NRM103,NRM104] [--markdown docs/doctor.md]
+    python scripts/confusion.py [--seeds 5] [--rules NRM103,NRM104] [--jobs 2] [--markdown docs/doctor.md]
     NORMSCOPE_DATA=<folder> python scripts/confusion.py --zoo [--markdown docs/doctor.md]
 
 With --markdown the tables replace what stands between the markers of that file. The exit code is 1 where a promise is
@@ -8,9 +8,12 @@ broken: more than 1 miss in 15, an alarm where there is nothing, an unrelated er
 """
 
 import argparse
+import itertools
+import multiprocessing
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,28 +27,34 @@ import zoo  # noqa: E402
 RESTORED = 0.9
 
 
-def rows_of(rules, seeds):
+def rows_of(rules, seeds, jobs):
     """All results; a crash is one, too."""
-    results, crashes = [], []
-    for rule in rules:
-        start = time.monotonic()
-        for role in fixtures.ROLES:
-            for kind in fixtures.KINDS:
-                for seed in range(seeds):
-                    try:
-                        results.append(fixtures.examine(rule, role, kind, seed))
-                    except Exception as error:
-                        first = str(error).splitlines()[0] if str(error) else ""
-                        crashes.append((rule, role, kind, seed, f"{type(error).__name__}: {first}"))
-                    say(results[-1] if results else None)
-        mine = [r for r in results if r.rule == rule]
-        wrong = sum(r.wrong for r in mine)
-        print(f"{rule}: {len(mine)} fixtures, {wrong} wrong, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    if jobs == 1:
+        parts = [rows_of_rule(rule, seeds) for rule in rules]
+    else:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            parts = list(pool.map(rows_of_rule, rules, [seeds] * len(rules)))
+    return [r for results, _ in parts for r in results], [c for _, crashes in parts for c in crashes]
+
+
+def rows_of_rule(rule, seeds):
+    results, crashes, start = [], [], time.monotonic()
+    for role, kind, seed in itertools.product(fixtures.ROLES, fixtures.KINDS, range(seeds)):
+        try:
+            results.append(fixtures.examine(rule, role, kind, seed))
+        except Exception as error:
+            first = str(error).splitlines()[0] if str(error) else ""
+            crashes.append((rule, role, kind, seed, f"{type(error).__name__}: {first}"))
+            continue
+        say(results[-1])
+    wrong = sum(r.wrong for r in results)
+    took = time.monotonic() - start
+    print(f"{rule}: {len(results)} fixtures, {wrong} wrong, {len(crashes)} crashed, {took:.0f} s", file=sys.stderr)
     return results, crashes
 
 
 def say(result):
-    if result is not None and (result.wrong or result.unrelated or result.placed is False):
+    if result.wrong or result.unrelated or result.placed is False:
         print(f"  {describe(result)}", file=sys.stderr)
 
 
@@ -152,6 +161,7 @@ def healthy():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="processes; each trains the networks that it needs")
     parser.add_argument("--rules", default=",".join(fixtures.FIXTURES), help="codes, separated by commas")
     parser.add_argument("--markdown", type=Path, help="a file with markers, whose generated part is replaced")
     parser.add_argument("--zoo", action="store_true", help="healthy models instead")
@@ -162,7 +172,7 @@ def main():
         sections = {"zoo": lines}
     else:
         rules = options.rules.split(",")
-        results, crashes = rows_of(rules, options.seeds)
+        results, crashes = rows_of(rules, options.seeds, options.jobs)
         lines, sound = table(results, rules)
         sound = sound and not crashes
         lines += ["", *companions(results, rules), "", "What fails:", "", *failures(results, crashes)]

@@ -561,6 +561,9 @@ CASES = {
     "its online model": (lambda m: m, {"reference": without_buffers}, "NRM602", "fail", BOTH),
     "no eval": (lambda m: m.train(), {"predict": lambda m, x: m(x)}, "NRM201", "warn", BOTH),
     "eval": (lambda m: m.train(), {"predict": lambda m, x: m.eval()(x)}, "NRM201", "pass", ()),
+    "only dropout left on": (
+        lambda m: m.train(), {"predict": lambda m, x: changed(m.eval(), "drop", training=True)(x)}, "NRM201", "pass", ()
+    ),
     "functional": (Functional, {}, "NRM210", "warn", ("",)),
     "no statistics": (bare, {}, "NRM210", "warn", BOTH),
     "no statistics, dependent": (bare, {}, "NRM201", "fail", BOTH),
@@ -1071,6 +1074,21 @@ def test_a_rule_fires(code, m, status):
 def test_a_rule_is_silent_on_a_near_miss(code, m, status):
     judgement = RULES[code].judge(m, T)
     assert judgement.status == status, judgement.reason
+
+
+def test_a_layer_that_went_on_learning_without_tracking_is_measured_again():
+    kept, learnt = (measured(layer(tracks=False), drift={"bn": drift()}, recalibrated=x) for x in (NO_HARM, HARM))
+    assert RULES["NRM205"].judge(kept, T).remedies == ("track-flag",)
+    assert RULES["NRM205"].judge(learnt, T).remedies == ("track-again",)
+
+
+def test_what_only_keeps_the_function_does_not_settle_what_its_finding_caused(trained):
+    model = changed(copy.deepcopy(trained), "bn2", track_running_stats=False)
+    model.bn2.running_mean += 2 * model.bn2.running_var.sqrt()
+    fix = check(model, batches(24)).fix()
+    assert fix.confirmed
+    assert fix.model.bn2.track_running_stats
+    assert check(fix.model, batches(24, seed=9)).passed("W")
 
 
 def test_every_rule_has_been_seen_to_fire_and_to_be_silent():

@@ -171,11 +171,17 @@ def _give(model: Module, layers: list[str]) -> None:
             module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=like.device)
 
 
+def _track_again(model: Module, layers: list[str]) -> None:
+    for found in find(model, layers):
+        vars(found.module)["track_running_stats"] = True
+
+
 _REPLAY: dict[str, Callable[[Module, list[str]], None]] = {
     "freeze": _freeze,
     "recal-freeze": _freeze,
     "momentum": _momentum,
     "track-flag": _track,
+    "track-again": _track_again,
     "give-statistics": _give,
 }
 # Their result lies in the state_dict.

@@ -122,7 +122,7 @@ class _Course:
                 now = self.treat(finding, now)
         after_c = self.score(self.ward.splits.c) if self.applied else before_c
         final = self.effect(before_c, after_c)
-        if self.applied and final.cost is not None and final.cost.value < 0:
+        if self.applied and self.contradicts(final):
             # What B took for a gain was chance: nothing may stay in the model on that ground.
             bring_back(self.start)
             outcome = "split C contradicts what split B showed"
@@ -136,7 +136,8 @@ class _Course:
 
     def settled(self, finding: Finding, findings: tuple[Finding, ...]) -> bool:
         """Whether what was applied has dealt with this finding: its cause, or the same remedy on its layers."""
-        treated = {t.rule for t in self.applied}
+        # What only keeps the function has not mended what its finding caused.
+        treated = {t.rule for t in self.applied if REMEDIES[t.remedy.code].proof == "gain"}
         causes = {f.code: f.explained_by for f in findings}
         cause = finding.explained_by
         for _ in findings:
@@ -211,6 +212,13 @@ class _Course:
             return "" if gain.cost.high >= 0 else "split B loses by it"
         gained = gain.cost.low > 0 or (gain.loss is not None and gain.loss.low > 0 and gain.cost.value > 0)
         return "" if gained else "split B shows no gain"
+
+    def contradicts(self, final: Effect) -> bool:
+        """Whether split C shows no gain at all where one was promised, or a clear loss."""
+        if final.cost is None:
+            return False
+        gains = any(REMEDIES[t.remedy.code].proof == "gain" for t in self.applied)
+        return final.cost.value < 0 if gains else final.cost.high < 0
 
     def confirms(self, final: Effect) -> bool:
         """Whether split C shows the gain, or for remedies that promise none, no loss."""

@@ -179,7 +179,12 @@ def effect(now: Outcome, other: Outcome, t: Thresholds, seed: int = 0) -> Effect
     if cost is None:
         return Effect(loss, loss, None if loss is None or other.loss is None else _loss_grade(loss, other.loss, t))
     scale = 1.0 if cost.unit == "pp" else 100.0 / max(abs(float(np.nanmean(_array(other.metric)))), 1e-12)
-    return Effect(cost, loss, _metric_grade(cost, loss, scale, t))
+    return Effect(cost, loss, _metric_grade(cost, scale, _clear(loss, other, t), t))
+
+
+def _clear(loss: Interval | None, other: Outcome, t: Thresholds) -> bool:
+    """Whether the loss alone is worth an error: then it may speak for a metric of few steps on few samples."""
+    return loss is not None and other.loss is not None and _loss_grade(loss, other.loss, t) == "E"
 
 
 def both_shares(a: Array, b: Array) -> str:
@@ -211,13 +216,11 @@ def _paired(a: Array, b: Array, t: Thresholds, seed: int, unit: str) -> Interval
     return Interval(found.value, low, high, unit)
 
 
-def _metric_grade(cost: Interval, loss: Interval | None, scale: float, t: Thresholds) -> Grade:
+def _metric_grade(cost: Interval, scale: float, proven: bool, t: Thresholds) -> Grade:
     size = cost.value * scale
     if cost.low > 0 and size >= t.cost_error:
         return "E"
-    # A metric of few steps may not show on few samples what the loss proves.
-    felt = cost.low > 0 or (loss is not None and loss.low > 0)
-    return "W" if felt and size >= t.cost_warning else "I"
+    return "W" if (cost.low > 0 or proven) and size >= t.cost_warning else "I"
 
 
 def _loss_grade(loss: Interval, other: Array, t: Thresholds) -> Grade:
@@ -239,7 +242,9 @@ def needed(now: Outcome, other: Outcome, t: Thresholds) -> int | None:
     """Samples needed to see an effect of the stated size with 80 % power at the level of the intervals."""
     if now.metric is None or other.metric is None or len(now.metric) < 2 or not both_shares(now.metric, other.metric):
         return None
-    spread = float(np.std(np.nan_to_num(now.metric) - np.nan_to_num(other.metric), ddof=1))
+    differences = np.nan_to_num(now.metric) - np.nan_to_num(other.metric)
+    # Differences that n samples did not show may still be as frequent as about 1 in n.
+    spread = math.sqrt(max(float(np.var(differences, ddof=1)), 1 / len(differences)))
     # 2.576 and 0.842: the normal quantiles of a two-sided 99 % interval and of 80 %.
     per_unit = max(1, now.samples / len(now.metric))
     return math.ceil(per_unit * ((2.576 + 0.842) * spread * 100 / t.power_effect) ** 2)

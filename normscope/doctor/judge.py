@@ -16,7 +16,7 @@ from normscope.records import Fact, Finding, Verdict
 __all__ = ["chosen", "findings_of", "known_intents", "verdicts_of"]
 
 _ORDER = {"E": 0, "W": 1, "I": 2}
-_UNKNOWN_INTENTS = ("bn-frozen-throughout", "teacher-train-mode", "ghost-bn", "split-bn", "zero-init-residual")
+_UNKNOWN_INTENTS = ("bn-frozen-throughout", "ghost-bn", "split-bn", "zero-init-residual")
 
 
 def known_intents() -> tuple[str, ...]:

@@ -134,6 +134,26 @@ def _track(case: Case) -> Surgery:
     return operate("track_flag", case.model, edit)
 
 
+def _track_again(case: Case) -> Surgery:
+    """The flag back on, and statistics of the data: the layer went on learning while nothing was tracked."""
+
+    def edit(draft: Draft) -> None:
+        for found in find(draft.model, list(case.layers)):
+            cast(_BatchNorm, found.module).track_running_stats = True
+            draft.change(found.name)
+        recalibrate(
+            draft.model,
+            case.batches,
+            None,
+            case.estimator,
+            select=list(case.layers),
+            forward=case.forward,
+            progress=False,
+        )
+
+    return operate("track_again", case.model, edit)
+
+
 def _give(case: Case) -> Surgery:
     """Buffers for layers built without, filled from split A."""
 
@@ -171,6 +191,8 @@ for _spec in (
     Spec("momentum", "S1", "set momentum to 0.1, torch's convention", FIX, proof="same", operation=_momentum),
     Spec("track-flag", "S1", "set track_running_stats back and freeze these layers, which is what was meant", FIX,
          proof="same", operation=_track),
+    Spec("track-again", "S1", "set track_running_stats back and measure these layers' statistics again", FIX,
+         operation=_track_again),
     Spec("give-statistics", "S1", "give these layers running statistics, measured from your data", FIX,
          proof="same", operation=_give),
     Spec("freeze-norms", "S3", "if the weights are pretrained: train with frozen statistics",

@@ -120,6 +120,8 @@ class Tracer(TorchFunctionMode):
         self._stack: list[str] = []
         self._counts: collections.Counter[str] = collections.Counter()
         self._norms = {id(f.module): f for f in find(model)}
+        # A class of one's own that calls a function is asked by that call; a known one answers for itself.
+        self._known = {id(f.module) for f in find(model) if f.kind != "custom"}
         self._inside = 0
 
     @contextlib.contextmanager
@@ -143,7 +145,7 @@ class Tracer(TorchFunctionMode):
             found = self._norms.get(id(module))
             if found is None:
                 return
-            self._inside += 1
+            self._inside += id(module) in self._known
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is not None:
                 self.sites.append(Site(name, self._counts[name], tuple(x.shape), _per_statistic(found, tuple(x.shape))))
@@ -154,7 +156,7 @@ class Tracer(TorchFunctionMode):
     def _leave(self, module: Module, *_: Any) -> None:
         if self._stack:
             self._stack.pop()
-        if id(module) in self._norms:
+        if id(module) in self._known:
             self._inside -= 1
 
     def __torch_function__(

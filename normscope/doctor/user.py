@@ -147,13 +147,19 @@ def dependence(patient: Patient, batch: Batch, predict: Callable[[Module, Any], 
                 else predict(patient.model, input_of(data))
             )
 
+    # Dropout left on is random: it would hide what the batch does, and is no trouble of this rule.
+    dropouts = [(m, m.p) for m in patient.model.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd)]
     try:
+        for module, _ in dropouts:
+            module.p = 0.0
         if predict is None:
             patient.model.eval()
         return _compare(path, answer, size, used)
     except Exception as error:
         return Dependence(path, problem=f"{path} raised {type(error).__name__}: {error}")
     finally:
+        for module, p in dropouts:
+            module.p = p
         for handle in handles:
             handle.remove()
 

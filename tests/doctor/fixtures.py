@@ -300,19 +300,26 @@ def trained_input_norm(kind, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InputNorm(kind)
-        train(
-            model,
-            lambda step: (lambda x, y: (standard(x, kind, seed), y))(*sample(kind, seed, BATCH, 100 + step)),
-            STEPS,
-        )
+
+        def feed(step):
+            x, y = sample(kind, seed, BATCH, 100 + step)
+            return standard(x, kind, seed), y
+
+        train(model, feed, STEPS)
         return state(model)
+
+
+@functools.cache
+def mean_and_deviation(kind, seed):
+    many = sample(kind, seed, 4000, 99)[0].transpose(0, 1).flatten(1)
+    shape = (1, -1) + (1,) * (len(SHAPES[kind]) - 1)
+    return many.mean(1).view(shape), many.std(1).view(shape)
 
 
 def standard(x, kind, seed):
     """Inputs of mean 0 and variance 1 by channel."""
-    many = sample(kind, seed, 4000, 99)[0].transpose(0, 1).flatten(1)
-    shape = (1, -1) + (1,) * (x.dim() - 2)
-    return (x - many.mean(1).view(shape)) / many.std(1).view(shape)
+    mean, deviation = mean_and_deviation(kind, seed)
+    return (x - mean) / deviation
 
 
 # --- a fixture ----------------------------------------------------------------------------------------------------
@@ -378,7 +385,7 @@ class Case:
     def recalibrated(self, model):
         """A copy with the statistics of many fresh samples."""
         model = copy.deepcopy(model)
-        ns.recalibrate(model, self.batches(count=40, stream=50), progress=False)
+        ns.recalibrate(model, self.batches(count=60, stream=50), progress=False)
         return model
 
     def muted(self, channels):
@@ -693,7 +700,8 @@ def nrm205(role, case):
             f.healthy = case.recalibrated(f.model)
             f.model = copy.deepcopy(f.healthy)
             bn = f.model.get_submodule(name)
-            bn.load_state_dict({**bn.state_dict(), "running_mean": old.running_mean, "running_var": old.running_var})
+            for buffer, value in old.named_buffers():
+                bn.get_buffer(buffer).copy_(value)
             bn.track_running_stats = False
     if role == "clean":
         replace(f.model, name, without_buffers(bn))

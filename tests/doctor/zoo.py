@@ -207,7 +207,7 @@ def hits_per_line(output, batch):
 def build(data, name, steps=None, seed=0):
     """A trained model in evaluation mode."""
     pairs = load(data)[0]
-    steps = steps or {"digits": 300, "text": 500}.get(data, 400)
+    steps = steps or {"digits": 300, "CIFAR-10": 600, "text": 400}.get(data, 400)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         x, y = pairs[0]

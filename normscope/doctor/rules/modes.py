@@ -23,7 +23,7 @@ def batch_dependent(m: Measurements, t: Thresholds) -> Judgement:
     Evidence: the change, flipped classes, the normalizers, the cost against evaluation mode.
     Fixes: eval-mode [S3]: eval() in predict; where evaluation mode is worse, see NRM103.
     Intentional when: `gan-batchstats-test`, `transductive-meta`.
-    Known false alarms: dropout left on is random, not dependent, and stays below its own noise.
+    Known false alarms: dropout left on is random, not dependent: its modules are silenced for this measurement.
     Fixture: defect: predict without eval(); near-miss: dropout left on.
     """
     d = m.dependence
@@ -137,7 +137,7 @@ def track_flag(m: Measurements, _: Thresholds) -> Judgement:
     (pytorch-lightning#15062).
     Threshold: exact.
     Evidence: the layers.
-    Fixes: freeze [S1], which also sets the flag back.
+    Fixes: track-flag [S1], the flag back and frozen; track-again [S1] where the layer went on learning: recalibrated.
     Intentional when: never; a layer built with False has no buffers, see NRM210.
     Known false alarms: none known.
     Fixture: defect: set the flag on a trained layer; clean: build the layer with it.
@@ -149,8 +149,10 @@ def track_flag(m: Measurements, _: Thresholds) -> Judgement:
     names = [x.name for x in layers if x.tracks is False and x.mean is not None and x.kind == "BatchNorm"]
     if not names:
         return fine("flags and buffers agree")
+    learnt_on = m.recalibrated.harmful and any(m.drift[n].beyond for n in names if n in m.drift)
+    remedies = ("track-again",) if learnt_on else ("track-flag",)
     reason = f"track_running_stats is off and the buffers are there: training and evaluation differ in {short(names)}"
-    return alarm("E", reason, names, {"layers": float(len(names))}, m.recalibrated, ("track-flag",))
+    return alarm("E", reason, names, {"layers": float(len(names))}, m.recalibrated, remedies)
 
 
 @rule("NRM208", "evaluation-mutates-state")

@@ -160,7 +160,7 @@ def _drift_facts(drifts: dict[str, Drift], m: Measurements) -> dict[str, float |
     return facts
 
 
-@rule("NRM104", "ema-not-converged", causes=("NRM106",), intents=("recalibrating",))
+@rule("NRM104", "ema-not-converged", causes=("NRM106", "NRM203", "NRM205"), intents=("recalibrating",))
 def not_converged(m: Measurements, t: Thresholds) -> Judgement:
     """Running statistics that still hold much of their initial values.
 
@@ -292,7 +292,7 @@ def weights_changed(m: Measurements, _: Thresholds) -> Judgement:
     return alarm(grade, reason, equal, facts, m.recalibrated, ("recal",))
 
 
-@rule("NRM602", "follower-lacks-buffers")
+@rule("NRM602", "follower-lacks-buffers", intents=("teacher-train-mode",))
 def follower(m: Measurements, t: Thresholds) -> Judgement:
     """A second model follows the parameters of the first and has buffers that are initial, frozen or foreign.
 
@@ -302,7 +302,7 @@ def follower(m: Measurements, t: Thresholds) -> Judgement:
     Threshold: correlation above 0.99; the severity is the measured cost.
     Evidence: the correlation, the layers, the cost.
     Fixes: copy-buffers [S1]; recal [S1].
-    Intentional when: the follower is only used on batch statistics.
+    Intentional when: `teacher-train-mode`: the follower is only used on batch statistics.
     Known false alarms: a reference that is no relative of the model is silent.
     Fixture: defect: an average over parameters(); clean: over the state_dict.
     """
