@@ -223,7 +223,7 @@ def momentum(m: Measurements, t: Thresholds) -> Judgement:
     Threshold: 0.5; a warning only if the predicted jitter √(m/(2−m)·Var(batch mean)) is 0.1 σ or more, if
     evaluation gains by recalibration, or if statistics never move in training; else information.
     Evidence: the value, torch's equivalent 1 − m, the jitter.
-    Fixes: momentum [S1]; recal [S1].
+    Fixes: momentum [S1], after recal [S1] where evaluation gains by it.
     Intentional when: `momentum-none`, `recalibrating`.
     Known false alarms: a wrong convention is not always costly (pix2pix-tensorflow#126): then it is information.
     Fixture: defect: 0.99; near-miss: None.
@@ -242,7 +242,9 @@ def momentum(m: Measurements, t: Thresholds) -> Judgement:
     value = odd[0].momentum or 0.0
     facts = {"momentum": value, "1 − momentum": 1 - value, "predicted jitter in σ": jitter}
     reason = f"momentum {value:g} in {short(names)}; torch weighs the new batch, so that {1 - value:g} may be meant"
-    return alarm("W" if serious else "I", reason, names, facts, m.recalibrated, ("momentum", "recal"))
+    # What the wrong momentum has cost so far only new statistics give back; the right one keeps it from happening again.
+    remedies = ("recal", "momentum") if m.recalibrated.harmful else ("momentum", "recal")
+    return alarm("W" if serious else "I", reason, names, facts, m.recalibrated, remedies)
 
 
 def _frozen(layer: Layer) -> bool:
