@@ -242,7 +242,7 @@ def momentum(m: Measurements, t: Thresholds) -> Judgement:
     value = odd[0].momentum or 0.0
     facts = {"momentum": value, "1 − momentum": 1 - value, "predicted jitter in σ": jitter}
     reason = f"momentum {value:g} in {short(names)}; torch weighs the new batch, so that {1 - value:g} may be meant"
-    # What the wrong momentum has cost so far only new statistics give back; the right one keeps it from happening again.
+    # Only new statistics give back what the wrong momentum has cost; the right one keeps it from happening again.
     remedies = ("recal", "momentum") if m.recalibrated.harmful else ("momentum", "recal")
     return alarm("W" if serious else "I", reason, names, facts, m.recalibrated, remedies)
 
