@@ -1,8 +1,9 @@
 """Two doors to one formula.
 
-*Plain eager* goes through `_Normalize`: it saves x and a few numbers per set, and computes the gradient from the
-hand-derived formula. *Everything else* (torch.compile, torch.export, torch.func, forward mode, tracing) sees the same
-kernels as plain torch operators, so that every transformation works and nothing of ours is left in an exported graph.
+*Plain eager* goes through `_Compiled` or, where the compiled kernels do not serve, `_Normalize`: both save x and a few
+numbers per set, and compute the gradient from the hand-derived formula. *Everything else* (torch.compile, torch.export,
+torch.func, forward mode, tracing) sees the same kernels as plain torch operators, so that every transformation works
+and nothing of ours is left in an exported graph.
 """
 
 from __future__ import annotations
@@ -114,11 +115,8 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return (None,) * (1 + len(Operands._fields))
-        saved, needs = (
-            ctx.saved_tensors,
-            Operands(*ctx.needs_input_grad[1:]),
-        )  # unpacked once: checkpoints allow no more
-        operands = Operands(*saved[:7])
+        saved = ctx.saved_tensors  # unpacked once: checkpoints allow no more
+        operands, needs = Operands(*saved[:7]), Operands(*ctx.needs_input_grad[1:])
         stats = None if torch.is_grad_enabled() else eager.Statistics(*saved[7:])
         return None, *_gradients(grads[0], operands, stats, ctx.formula, needs)
 

@@ -123,6 +123,12 @@ class View:
             ordered = ordered.permute([sorted(self.params).index(axis) for axis in self.params])
         return ordered
 
+    @property
+    def channels(self) -> tuple[int, ...] | None:
+        """The axis named c, which a mask may leave out; None where the pattern names none."""
+        axis = self.scope.axis_of("c")
+        return None if axis is None else (axis,)
+
     def mask(self, mask: Tensor | None, insert: Sequence[int] | None) -> Tensor | None:
         """A mask that broadcasts against x through its parts.
 

@@ -104,7 +104,7 @@ def normalize(
     formula = Formula(view.scope.inside, eps, center, scale, activation)
     return run(
         x, view, formula, weight=weight, bias=bias, residual=residual, mean=mean, var=var,
-        mask=view.mask(mask, _insert(view)),
+        mask=view.mask(mask, view.channels),
     )[0]  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def moments(x: Tensor, scope: str, *, center: bool = True, mask: Tensor | None =
     check_dtype(x, "moments")
     view = view_of(x, scope, sizes)
     parts = view.unfold(x).to(COMPUTE_DTYPE[x.dtype])
-    keep = view.mask(mask, _insert(view))
+    keep = view.mask(mask, view.channels)
     if keep is not None:
         parts = torch.where(keep, parts, 0)
     stats = eager.statistics(parts, Formula(view.scope.inside, 0.0, center), keep)
@@ -174,11 +174,6 @@ def plan(x: Tensor, scope: str, **sizes: int) -> Plan:
         kernel=f"{backend.name}: {backend.reason}",
         passes=passes,
     )
-
-
-def _insert(view: View) -> tuple[int, ...] | None:
-    axis = view.scope.axis_of("c")
-    return None if axis is None else (axis,)
 
 
 def _check_params(view: View, params: str, **tensors: Tensor | None) -> None:

@@ -150,8 +150,7 @@ class Norm(Tracking):
                 params=self.params,
                 cure="build the layer with the sizes of the input's params axes",
             )
-        axis = view.scope.axis_of("c")
-        keep = view.mask(mask, None if axis is None else (axis,))
+        keep = view.mask(mask, view.channels)
         running = (self.running_mean, self.running_var)
         by_data = self.training or self.running_mean is None or self.running_var is None
         if by_data and self.center:

@@ -344,11 +344,12 @@ struct Upstream {
   alignas(64) float xs[kSegment], gs[kSegment], zs[kSegment], rs[kSegment];
   const float *x, *g;
 
-  void read(int64_t offset, int64_t n, const Line& l, const float* weight, const float* bias) {
+  template <class Z>  // z_of(x, z) computes γ·x̂ + β
+  void read(int64_t offset, int64_t n, Z&& z_of) {
     x = load(static_cast<const T*>(f.x) + offset, n, xs);
     g = load(static_cast<const T*>(f.gy) + offset, n, gs);
     if (!f.activation) return;
-    affine(x, zs, n, l, weight, bias);
+    z_of(x, zs);
     add(f.residual ? static_cast<const T*>(f.residual) + offset : nullptr, zs, n, rs);
     if (g != gs) std::memcpy(gs, g, static_cast<size_t>(n) * sizeof(float));
     differentiate(f.activation, zs, gs, n);
@@ -404,12 +405,6 @@ struct ParamSums {
   }
 };
 
-int64_t param_count(const Plan& p) {
-  int64_t last = p.params_per_task() - 1;
-  for (const Axis& a : p.tasks) last += (a.size - 1) * a.param;
-  return last + 1;
-}
-
 template <class T>
 void write_residual(const Backward& f, int64_t offset, const float* g, int64_t n) {
   if (!f.dresidual) return;
@@ -451,7 +446,7 @@ void backward_along(const Backward& f) {
     along.block(b, [&](int64_t offset, int64_t j, int64_t n, int64_t row) {
       const int64_t at = task.param + row;
       const float *w = inner && f.weight ? f.weight + at + j : nullptr, *bias = inner && f.bias ? f.bias + at + j : nullptr;
-      up.read(offset + task.stride, n, lines(t, at), w, bias);
+      up.read(offset + task.stride, n, [&](const float* v, float* z) { affine(v, z, n, lines(t, at), w, bias); });
       const float *__restrict g = up.g, *__restrict x = up.x;
       if (inner) {
         const float c = -low * rstd;
@@ -490,7 +485,7 @@ void backward_along(const Backward& f) {
       const int64_t at = task.param + row;
       const float *w = inner && f.weight ? f.weight + at + j : nullptr, *bias = inner && f.bias ? f.bias + at + j : nullptr;
       offset += task.stride;
-      up.read(offset, n, lines(t, at), w, bias);
+      up.read(offset, n, [&](const float* v, float* z) { affine(v, z, n, lines(t, at), w, bias); });
       write_residual<T>(f, offset, up.g, n);
       if (!dx) return;
       Slope s = slopes[t];
@@ -515,7 +510,7 @@ void backward_along(const Backward& f) {
     };
     parallel_for(groups, std::max<int64_t>(1, kGrain / std::max<int64_t>(cells * group, 1)), body);
   }
-  sums.into(f, param_count(p), [&](int64_t unit) { return p.task(unit / per_task * group).param; });
+  sums.into(f, p.param_count(), [&](int64_t unit) { return p.task(unit / per_task * group).param; });
 }
 
 // ----------------------------------------------------------------------------------------------------------- across
@@ -690,26 +685,6 @@ void forward_across(const Forward& f) {
 }
 
 template <class T>
-struct ColumnUpstream {
-  const Backward& f;
-  alignas(64) float xs[kSegment], gs[kSegment], zs[kSegment], rs[kSegment];
-  const float *x, *g;
-
-  explicit ColumnUpstream(const Backward& b) : f(b) {}
-  void read(int64_t offset, int64_t n, const float* high, const float* factor, const float* shift, bool row, float weight,
-            float bias) {
-    x = load(static_cast<const T*>(f.x) + offset, n, xs);
-    g = load(static_cast<const T*>(f.gy) + offset, n, gs);
-    if (!f.activation) return;
-    affine_columns(x, zs, n, high, factor, shift, row, weight, bias);
-    add(f.residual ? static_cast<const T*>(f.residual) + offset : nullptr, zs, n, rs);
-    if (g != gs) std::memcpy(gs, g, static_cast<size_t>(n) * sizeof(float));
-    differentiate(f.activation, zs, gs, n);
-    g = gs;
-  }
-};
-
-template <class T>
 void backward_across(const Backward& f) {
   const Plan& p = f.plan;
   const Across a{p};
@@ -727,14 +702,15 @@ void backward_across(const Backward& f) {
                  columns.shift.get() + u * a.tile);
 
   auto reduce = [&](int64_t u, int64_t b) {
-    ColumnUpstream<T> up(f);
+    Upstream<T> up(f);
     alignas(64) float first[kSegment] = {}, second[kSegment] = {}, weighted[kSegment];
     const int64_t n = a.width(u), base = p.task(u / a.tiles).param;
     const float *high = columns.high.get() + u * a.tile, *factor = columns.factor.get() + u * a.tile,
                 *shift = columns.shift.get() + u * a.tile;
     a.block(u, b, [&](int64_t offset, int64_t param) {
       const float weight = row && f.weight ? f.weight[base + param] : 1.f;
-      up.read(offset, n, high, factor, shift, row, weight, row && f.bias ? f.bias[base + param] : 0.f);
+      const float bias = row && f.bias ? f.bias[base + param] : 0.f;
+      up.read(offset, n, [&](const float* v, float* z) { affine_columns(v, z, n, high, factor, shift, row, weight, bias); });
       const float *__restrict g = up.g, *__restrict x = up.x;
       if (row) {
         if (params) {
@@ -784,15 +760,17 @@ void backward_across(const Backward& f) {
     }
   };
   auto apply = [&](int64_t u, int64_t b) {
-    ColumnUpstream<T> up(f);
+    Upstream<T> up(f);
     alignas(64) float out[kSegment];
     const int64_t n = a.width(u), base = p.task(u / a.tiles).param, c = u * a.tile;
     const float *high = columns.high.get() + c;
     const float *__restrict sa = slope_a.get() + c, *__restrict sb = slope_b.get() + c, *__restrict sc = slope_c.get() + c;
     a.block(u, b, [&](int64_t offset, int64_t param) {
       const float weight = row && f.weight ? f.weight[base + param] : 1.f;
-      up.read(offset, n, high, columns.factor.get() + c, columns.shift.get() + c, row, weight,
-              row && f.bias ? f.bias[base + param] : 0.f);
+      const float bias = row && f.bias ? f.bias[base + param] : 0.f;
+      up.read(offset, n, [&](const float* v, float* z) {
+        affine_columns(v, z, n, high, columns.factor.get() + c, columns.shift.get() + c, row, weight, bias);
+      });
       write_residual<T>(f, offset, up.g, n);
       if (!dx) return;
       const float *__restrict g = up.g, *__restrict x = up.x;
@@ -803,7 +781,7 @@ void backward_across(const Backward& f) {
   };
   sweep(p, a.units, a.blocks, a.rows * a.tile, true, reduce, finish, apply);
   const int64_t per_slab = row ? a.blocks : 1;
-  sums.into(f, param_count(p), [&](int64_t unit) { return p.task(unit / per_slab / a.tiles).param; });
+  sums.into(f, p.param_count(), [&](int64_t unit) { return p.task(unit / per_slab / a.tiles).param; });
 }
 
 template <class T>

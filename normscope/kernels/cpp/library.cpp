@@ -97,12 +97,6 @@ int64_t activation_of(int64_t number) {
   return number;
 }
 
-int64_t params(const Plan& p) {
-  int64_t last = p.params_per_task() - 1;
-  for (const Axis& a : p.tasks) last += (a.size - 1) * a.param;
-  return last + 1;
-}
-
 bool fused(std::vector<int64_t> plan) { return read_plan(plan).fused(); }
 
 void check(const Plan& p, const Tensor& x) {
@@ -117,7 +111,7 @@ void forward(Tensor x, Optional residual, Tensor y, Optional weight, Optional bi
   const int64_t sets = f.plan.task_count() * f.plan.sets_per_task();
   float* s = numbers(statistics, 4 * sets);
   f.x = data(x, x), f.residual = data(residual, x), f.y = data(y, x);
-  f.weight = numbers(weight, params(f.plan)), f.bias = numbers(bias, params(f.plan));
+  f.weight = numbers(weight, f.plan.param_count()), f.bias = numbers(bias, f.plan.param_count());
   f.high = s, f.low = s + sets, f.var = s + 2 * sets, f.rstd = s + 3 * sets;
   f.given = given, f.center = center, f.scale = scale, f.eps = eps;
   f.activation = activation_of(activation);
@@ -130,7 +124,7 @@ void backward(Tensor gy, Tensor x, Optional residual, Optional dx, Optional dres
   Backward f;
   f.plan = read_plan(plan);
   check(f.plan, x);
-  const int64_t sets = f.plan.task_count() * f.plan.sets_per_task(), count = params(f.plan);
+  const int64_t sets = f.plan.task_count() * f.plan.sets_per_task(), count = f.plan.param_count();
   const float* s = numbers(statistics, 4 * sets);
   f.gy = data(gy, x), f.x = data(x, x), f.residual = data(residual, x);
   f.dx = data(dx, x), f.dresidual = data(dresidual, x);

@@ -59,6 +59,11 @@ struct Plan {
     return length < whole_sets ? length : whole_sets;
   }
   int64_t tiles() const { return (length + tile() - 1) / tile(); }
+  int64_t param_count() const {
+    int64_t last = params_per_task() - 1;
+    for (const Axis& a : tasks) last += (a.size - 1) * a.param;
+    return last + 1;
+  }
   bool tasks_share_params() const { return !(tasks[0].param || tasks[1].param || tasks[2].param); }
 };
 
