@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from torch import fx, nn
+from torch._dynamo import eval_frame
 
 import normscope as ns
 from normscope import surgery
@@ -941,6 +942,8 @@ def test_an_interrupt_at_any_line_leaves_no_trace(name):
     EDITS[name](copy.deepcopy(model))  # what is imported and made once has its interrupts elsewhere
     while interrupted_at(line, lambda: EDITS[name](model)):
         assert state_hash(model, rng=True) == before, f"line {line}"
+        assert torch.is_grad_enabled(), f"line {line}"
+        assert eval_frame._stance.stance == "default", f"line {line}"
         line += step
         step = 1 if line < 60 else 19  # the passes are long and alike
     assert line > 30

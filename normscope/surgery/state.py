@@ -15,6 +15,7 @@ import math
 import pickle
 import random
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ class Snapshot:
     """
 
     def __init__(self, model: Module, *, rng: bool = True) -> None:
+        self._modes: _Modes | None = _Modes()
         self._rng = _Rng() if rng else None
         self._records: list[_Record] = []
         memory: dict[int, _Memory] = {}
@@ -128,6 +130,8 @@ class Snapshot:
             for record in self._records:
                 if record.changed():
                     record.restore()
+            if self._modes is not None:
+                self._modes.restore()
             if self._rng is not None:
                 self._rng.restore()
 
@@ -136,7 +140,7 @@ class Snapshot:
 
         What happens to the rest of the model afterwards (training, new submodules) then survives `restore`.
         """
-        self._rng = None
+        self._modes = self._rng = None
         self._records = [record for record in self._records if record.changed()]
         for record in self._records:
             if isinstance(record, _Mapping):
@@ -345,6 +349,24 @@ class _Memory:
         if self.storage.nbytes() != self.was.numel():
             self.storage.resize_(self.was.numel())
         _bytes(self.storage).copy_(self.was)
+
+
+class _Modes:
+    """Torch's global switches, which an interrupt between a context manager's last line and its exit leaves turned."""
+
+    def __init__(self) -> None:
+        self.gradients = torch.is_grad_enabled()
+        self.stance = self._compiler("_stance")
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self.gradients)
+        if self._compiler("_stance") != self.stance:
+            self._compiler("_set_stance")(self.stance or self._compiler("DynamoStance")())
+
+    @staticmethod
+    def _compiler(name: str) -> Any:
+        # torch.compiler.set_stance has no reader, and importing the compiler to find it untouched costs a second.
+        return getattr(sys.modules.get("torch._dynamo.eval_frame"), name, None)
 
 
 class _Rng:
