@@ -9,11 +9,12 @@ ifneq ($(wildcard ../shared/data),)
 export NORMSCOPE_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test check bench format clean
 help:
 	@echo "make demo    what Batch Normalization does, on real data, as figures and a page in normscope-demo/"
 	@echo "make test    all tests"
 	@echo "make check   format, lint, types, architecture"
+	@echo "make bench   speed against eager torch and against copying, up to 15 minutes, in normscope-bench/"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make clean   remove the virtual environment and caches"
 
@@ -36,9 +37,14 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
 
+# The architectures come from timm; where it cannot be installed beside this torch, the bench says so and runs without.
+bench: $(READY)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt timm
+	$(BIN)/normscope bench --output normscope-bench
+
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info normscope/kernels/cpp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis normscope-demo
+	rm -rf $(VENV) build dist *.egg-info normscope/kernels/cpp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis normscope-demo normscope-bench

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from normscope import functional, nn
+from normscope import functional, nn, optim, parametrizations
 from normscope.errors import (
     ArgumentError,
     DataError,
@@ -13,13 +13,33 @@ from normscope.errors import (
     NotationError,
     ProofError,
     ShapeError,
+    SynchronizationError,
 )
 from normscope.functional.normalize import Moments, moments, normalize, plan
 from normscope.kernels import backends
-from normscope.surgery import freeze, recalibrate, unfreeze
+from normscope.surgery import (
+    accelerate,
+    desynchronize,
+    freeze,
+    pause_statistics,
+    provisional_statistics,
+    recalibrate,
+    synchronize,
+    to_torch,
+    unfreeze,
+)
 
 if TYPE_CHECKING:
-    from normscope.doctor.check import assert_healthy, check
+    from normscope.doctor import (
+        FixReport,
+        Report,
+        StateNotRestoredError,
+        Thresholds,
+        UnhealthyError,
+        assert_healthy,
+        check,
+        load,
+    )
 
 __version__ = "0.1.0"
 
@@ -29,29 +49,55 @@ __all__ = [
     "DegenerateScopeError",
     "DependencyError",
     "DtypeError",
+    "FixReport",
     "Moments",
     "NormscopeError",
     "NotationError",
     "ProofError",
+    "Report",
     "ShapeError",
+    "StateNotRestoredError",
+    "SynchronizationError",
+    "Thresholds",
+    "UnhealthyError",
     "__version__",
+    "accelerate",
     "assert_healthy",
     "backends",
     "check",
+    "desynchronize",
     "freeze",
     "functional",
+    "load",
     "moments",
     "nn",
     "normalize",
+    "optim",
+    "parametrizations",
+    "pause_statistics",
     "plan",
+    "provisional_statistics",
     "recalibrate",
+    "synchronize",
+    "to_torch",
     "unfreeze",
 ]
+
+_OF_THE_DOCTOR = (
+    "FixReport",
+    "Report",
+    "StateNotRestoredError",
+    "Thresholds",
+    "UnhealthyError",
+    "assert_healthy",
+    "check",
+    "load",
+)
 
 
 def __getattr__(name: str) -> Any:
     """The doctor comes with scipy, which is loaded when it is first called for."""
-    if name in ("assert_healthy", "check"):
+    if name in _OF_THE_DOCTOR:
         from normscope import doctor
 
         return getattr(doctor, name)

@@ -7,6 +7,7 @@
     ├── ArgumentError         (ValueError)                an option outside its range
     ├── DtypeError            (TypeError, NotImplementedError)  a tensor of the wrong kind of number
     ├── ProofError            (RuntimeError)              an edit of a model that did not keep its function
+    ├── SynchronizationError  (RuntimeError)              ranks that do not compute the same layer
     ├── DataError             (RuntimeError)              a data set that is absent or damaged
     └── DependencyError       (ImportError)               an optional package that is not installed
 
@@ -25,6 +26,7 @@ __all__ = [
     "NotationError",
     "ProofError",
     "ShapeError",
+    "SynchronizationError",
 ]
 
 
@@ -77,6 +79,10 @@ class DtypeError(NormscopeError, TypeError, NotImplementedError):
 
 class ProofError(NormscopeError, RuntimeError):
     """An edit that claims to keep a model's function changed it, and was undone."""
+
+
+class SynchronizationError(NormscopeError, RuntimeError):
+    """The ranks of a process group do not compute the same layer, or one of them does not come."""
 
 
 class DataError(NormscopeError, RuntimeError):

@@ -295,7 +295,8 @@ class Finding:
     Attributes:
         cost: What the trouble costs on samples that took no part in finding it; None where that was not measured.
         explained_by: The code of the finding that causes this one, "" for a cause of its own.
-        explains: The share of the whole cost that these layers explain, where it was measured.
+        explains: The share of the whole cost that goes away when these layers are recalibrated together, as far as it
+            was measured: a set of only some of them may stand in for all.
     """
 
     code: str
@@ -346,7 +347,8 @@ class NormRow:
         drifted: Share of channels beyond the thresholds of NRM103.
         noise: Energy of the noise that this batch size brings into the output.
         design_effect: By how much the loader's grouping inflates the variance of batch means.
-        explains: Share of the measured cost that goes away when this layer alone is recalibrated.
+        explains: Share of the measured cost that this layer carries: the mean of what goes away when it alone is
+            recalibrated and of what stays when all but it are.
         codes: The findings about it.
     """
 
@@ -370,7 +372,7 @@ class Score:
 
     Attributes:
         state: "eval", "batch statistics", "recalibrated (population)", …
-        metric: Mean with its interval; None without a metric.
+        metric: Mean with its interval, its unit "share" where all values lie in [0, 1]; None without a metric.
         loss: The same for the loss.
         samples: How many samples of split B it was measured on.
     """
@@ -538,3 +540,158 @@ class Clinic:
 
 
 __all__ += ["Clinic", "Patient"]
+
+
+# --- the bench ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The time of one alternative per call, median over the rounds, in seconds."""
+
+    name: str
+    time: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpeed:
+    """One normalizer with a ReLU on one tensor: forward + backward, and forward alone.
+
+    Attributes:
+        name: Family, sizes, dtype and layout, e.g. "GN 8x256x32x32 bf16 cl".
+        part: "suite", or "sweep" over sizes.
+        params: The dtype of weight and bias.
+        size: Bytes of x.
+        passes: How often the plan reads or writes the whole of x, forward and backward.
+        kernel: What ran.
+        timings: Every alternative, in the order of the first round.
+        share: Ideal floor / ours, forward + backward.
+        eager_share: Ideal floor / eager torch.
+        speedup: Eager torch / ours.
+        eval_share: clone / ours, forward in evaluation without gradient.
+        eval_speedup: Eager torch / ours, the same.
+        compiled: torch.compile / ours, forward + backward; None where it was not measured.
+        error: The largest error of ours against float64, as a share of the tolerance.
+        rounds: How many were kept.
+        dropped: How many were disturbed and are not among them.
+    """
+
+    name: str
+    family: str
+    part: Literal["suite", "sweep"]
+    pattern: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+    params: str
+    size: int
+    passes: tuple[int, int]
+    kernel: str
+    timings: tuple[Timing, ...]
+    share: Interval
+    eager_share: Interval
+    speedup: Interval
+    eval_share: Interval
+    eval_speedup: Interval
+    compiled: Interval | None
+    error: float
+    rounds: int
+    dropped: int
+
+    @property
+    def plan_share(self) -> Interval:
+        """The plan's floor / ours: the ideal floor, times what the plan must move over 5 units."""
+        more = sum(self.passes) / 5
+        return Interval(more * self.share.value, more * self.share.low, more * self.share.high)
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second, counting the 5 units of the ideal floor."""
+        return 5 * self.size / self.time("ours")
+
+    def time(self, name: str) -> float:
+        """The median of one alternative, in seconds."""
+        return next(timing.time.value for timing in self.timings if timing.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """Bytes of one training step, beyond parameters and input.
+
+    Attributes:
+        saved: What the forward keeps for the backward.
+        peak: The most that was held at once, gradients included.
+    """
+
+    name: str
+    saved: int
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpeed:
+    """An architecture as it is ("torch"), accelerated, and bare: without normalizers and activations.
+
+    Attributes:
+        changed: How many modules `accelerate` changed.
+        timings: Of a training step and of an evaluation.
+        step: The step, as it is / accelerated.
+        step_share: What accelerating gains, as a share of what leaving out normalizers and activations gains; None
+            where leaving them out gains nothing.
+        evaluation: As step, in evaluation mode.
+        evaluation_share: As step_share.
+        memory: Of the three models.
+    """
+
+    name: str
+    layout: str
+    shape: tuple[int, ...]
+    parameters: int
+    changed: int
+    timings: tuple[Timing, ...]
+    step: Interval
+    step_share: Interval | None
+    evaluation: Interval
+    evaluation_share: Interval | None
+    memory: tuple[ModelMemory, ...]
+    rounds: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the bench is to show: a goal for one number, and what was measured.
+
+    `open` means that the cases it is about were not measured.
+    """
+
+    text: str
+    goal: float | None
+    measured: Interval | None
+    verdict: Literal["met", "missed", "open"]
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """The record of `normscope bench`.
+
+    Attributes:
+        kernels: The usable backends, a line each.
+        notes: What was left out, and why.
+    """
+
+    cases: tuple[NormSpeed, ...]
+    models: tuple[ModelSpeed, ...]
+    targets: tuple[Target, ...]
+    notes: tuple[str, ...]
+    device: str
+    threads: int
+    kernels: tuple[str, ...]
+    command: str
+    started: str
+    seconds: float
+    machine: Machine
+
+
+__all__ += ["Benchmark", "ModelMemory", "ModelSpeed", "NormSpeed", "Target", "Timing"]

@@ -1,15 +1,18 @@
 """The command line: exit codes, streams and files."""
 
+import io
 import itertools
 import json
 import sys
 
 import pytest
+import rich.console
 import torch
 from click.testing import CliRunner
 
 import normscope as ns
 from normscope import cli, doctor, records
+from normscope.cli import group
 from normscope.errors import DataError
 from normscope.lab import clinic, figure1
 
@@ -467,3 +470,14 @@ def test_help_fits_a_terminal(call, command):
     result = call(command, "--help")
     assert result.exit_code == 0
     assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_progress_shows_what_is_done_and_the_time_that_is_left(monkeypatch):
+    stream, real = io.StringIO(), rich.console.Console
+    monkeypatch.setattr(rich.console, "Console", lambda **_: real(file=stream, force_terminal=True, width=80))
+    with group.progress("checking, ≤ 60 s") as tell:
+        tell(0, 0, "reading the loader")
+        tell(3, 12, "pass 1 of 4: P2 evaluation (B)")
+    shown = stream.getvalue()
+    assert "pass 1 of 4: P2 evaluation (B)" in shown
+    assert "left" in shown

@@ -24,6 +24,8 @@ from normscope.doctor import (
     rule_pages,
 )
 from normscope.doctor import cache as caches
+from normscope.doctor.attribution import Coalitions, search, together
+from normscope.doctor.checkpoint import load, save
 from normscope.doctor.guard import bring_back
 from normscope.doctor.judge import findings_of, verdicts_of
 from normscope.doctor.measurements import (
@@ -45,7 +47,7 @@ from normscope.doctor.remedies import REMEDIES
 from normscope.doctor.rules.base import Judgement, Rule, rule
 from normscope.errors import ArgumentError, DataError
 from normscope.records import CheckRecord, Interval
-from normscope.surgery import freeze, state_hash
+from normscope.surgery import freeze, recalibrate, state_hash
 
 T = Thresholds()
 HARM = Effect(Interval(5.0, 4.0, 6.0, "pp"), None, "E")
@@ -211,6 +213,8 @@ def test_ctrl_c_at_any_moment_leaves_the_model_bit_identical():
             except KeyboardInterrupt:
                 interrupted += 1
             assert state_hash(model, rng=True) == before
+            # Autograd is as it was, too: dropout off, which would draw random numbers.
+            F.cross_entropy(copy.deepcopy(model).eval()(loader[0][0]), loader[0][1]).backward()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
@@ -725,6 +729,92 @@ def test_the_search_for_layers_ends_with_the_budget(stale, monkeypatch):
     assert report.findings[0].explains is None
 
 
+def coalitions(*worth):
+    """A game of four layers, of which these sets are worth everything, and all that contain them."""
+    winning = [frozenset(some) for some in worth]
+    return Coalitions(lambda layers: float(any(some <= layers for some in winning)), frozenset("abcd"), 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("game", "shares"),
+    [
+        (coalitions("a"), {"a": 1.0}),
+        (coalitions("b"), {"a": 0.0, "b": 1.0}),
+        (coalitions("ab"), {"a": 0.5, "b": 0.5}),
+        (coalitions("a", "b"), {"a": 0.5, "b": 0.5}),
+        (coalitions("bc"), {"a": 0.0, "b": 0.5, "c": 0.5}),
+        (coalitions("a", "c"), {"a": 0.5, "b": 0.0, "c": 0.5}),
+        (coalitions("abcd"), {"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.5}),
+    ],
+    ids=["one", "the second", "both or nothing", "either", "both, later", "either, later", "all or nothing"],
+)
+def test_the_search_blames_layers_by_what_they_give_back_and_by_what_is_missing_without_them(game, shares):
+    assert search(game, "abcd", 0.9, lambda _: True) == shares
+    assert together(game.shares, shares) == 1.0
+
+
+def test_the_search_stops_when_time_is_up():
+    assert search(coalitions("ab"), "abcd", 0.9, lambda k: k < 1) == {"a": 0.5}
+
+
+def test_a_joint_share_is_that_of_the_best_measured_part():
+    known = {frozenset(): 0.0, frozenset("a"): 0.3, frozenset("ab"): 0.8, frozenset("c"): 1.2, frozenset("d"): -0.1}
+    assert together(known, "ab") == 0.8
+    assert together(known, "axy") == 0.3
+    assert together(known, "bcd") == 1.0
+    assert together(known, "d") == 0.0
+    assert together(known, "x") is None
+
+
+class Twins(nn.Module):
+    """Two networks that know the same; the one that is surer decides."""
+
+    def __init__(self, trained):
+        super().__init__()
+        self.left, self.right = copy.deepcopy(trained), copy.deepcopy(trained)
+
+    def forward(self, x):
+        return torch.maximum(self.left(x).log_softmax(1), self.right(x).log_softmax(1))
+
+
+@pytest.mark.parametrize(
+    ("build", "damaged", "suffices"),
+    [(Twins, ("left.bn2", "right.bn2"), True), (copy.deepcopy, ("bn1", "bn2"), False)],
+    ids=["either suffices", "either spoils everything"],
+)
+def test_two_damaged_layers_that_stand_in_for_each_other_are_both_blamed(trained, build, damaged, suffices):
+    model = build(trained).eval()
+    for name in damaged:
+        model.get_submodule(name).running_mean += 1e3  # nothing gets through the ReLU behind it
+    report = check(model, list(batches(30)))
+    shares, known = report.measurements.shares, report.measurements.coalitions
+    assert {name: share for name, share in shares.items() if share > 0.1} == pytest.approx(
+        dict.fromkeys(damaged, 0.5), abs=0.1
+    )
+    finding = report.findings[0]
+    assert set(finding.layers) == set(damaged)
+    assert finding.explains > 0.9
+    alone = [known[frozenset([name])] for name in damaged]
+    assert alone == pytest.approx([1.0, 1.0] if suffices else [0.0, 0.0], abs=0.1)
+
+
+def test_progress_counts_passes_layers_and_batches(stale):
+    told = []
+    report = check(stale, list(batches(30)), progress=lambda *now: told.append(now))
+    counted = [(done, total) for done, total, _ in told]
+    assert all(done <= total or total == 0 for done, total in counted)
+    assert [done for done, _ in counted] == sorted(done for done, _ in counted)
+    assert counted[-1][0] == sum(p.batches for p in report.record.passes)
+    names = [what for _, _, what in told]
+    assert "reading the loader" in names
+    assert "pass 2 of 5: P4 batch statistics (A)" in names
+    assert any("layer 1 of 1" in name for name in names)
+    told.clear()
+    report.fix(progress=lambda *now: told.append(now))
+    assert told[-1] == (30 + 10, 30 + 10, "pass 4 of 4: after (C)")
+    assert "recal for NRM103" in [what for _, _, what in told]
+
+
 def test_time_folded_into_the_batch_is_no_grouping_by_the_loader():
     class Folded(nn.Module):
         def __init__(self):
@@ -1091,6 +1181,100 @@ def test_what_only_keeps_the_function_does_not_settle_what_its_finding_caused(tr
     assert check(fix.model, batches(24, seed=9)).passed("W")
 
 
+def test_a_consequence_in_layers_that_its_causes_remedy_did_not_reach_is_treated_itself(trained):
+    model = changed(copy.deepcopy(trained), "bn1", track_running_stats=False)
+    for norm in (model.bn1, model.bn2):
+        norm.running_mean += 2 * norm.running_var.sqrt()
+    report = check(model, batches(30))
+    assert {f.code: (f.layers, f.explained_by) for f in report.findings if f.severity == "E"} == {
+        "NRM205": (("bn1",), ""),
+        "NRM103": (report["NRM103"].layers, "NRM205"),
+    }
+    assert set(report["NRM103"].layers) == {"bn1", "bn2"}
+    fix = report.fix()
+    assert [(t.rule, t.remedy.code) for t in fix.applied] == [("NRM205", "track-again"), ("NRM103", "recal")]
+    assert check(fix.model, batches(24, seed=9)).passed("W")
+
+
+# --- remedies that change behaviour -----------------------------------------------------------------------------------
+
+
+def test_freezing_for_small_batches_is_tried_only_when_asked_for(stale):
+    report = check(stale.train(), list(batches(120, 6)))
+    assert report.findings[0].code == "NRM302"
+    safe = report.fix()
+    assert ("freeze-norms", "changes behaviour; unsafe=True tries it") in [
+        (t.remedy.code, t.outcome) for t in safe.skipped
+    ]
+    assert "S2" not in [t.remedy.safety for t in safe.applied]
+    safe.undo()
+    fix = report.fix(unsafe=True)
+    assert [(t.rule, t.remedy.code, t.remedy.safety) for t in fix.applied] == [("NRM302", "freeze-norms", "S2")]
+    assert fix.confirmed
+    assert fix.gain.low > 0
+    assert not fix.model.train().bn2.training
+
+
+def test_a_remedy_that_changes_behaviour_and_gains_nothing_is_taken_back(trained):
+    model = copy.deepcopy(trained).train()
+    before = state_hash(model)
+    report = check(model, list(batches(240, 2)))
+    assert report["NRM302"].status == "fail"
+    fix = report.fix(unsafe=True)
+    tried = {t.remedy.code: t.outcome for t in fix.skipped}
+    assert tried["freeze-norms"] == "split B shows no gain"
+    assert tried["replace-norm"] == "one value per sample and channel"
+    assert not fix.applied
+    assert state_hash(model) == before
+
+
+class OneByOne(nn.Module):
+    """Its brightness and contrast differ so much from sample to sample that it was trained with one per batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
+        self.head = nn.Linear(144, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.bn(self.conv(x))).flatten(1))
+
+
+def photos(count, size, seed):
+    patterns = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        y = torch.randint(3, (size,), generator=generator)
+        x = patterns[y] + 0.7 * torch.randn(size, 1, 8, 8, generator=generator)
+        contrast, brightness = torch.randn(2, size, 1, 1, 1, generator=generator)
+        yield x * contrast.exp() + 6 * brightness, y
+
+
+def test_a_model_trained_with_one_sample_per_batch_gets_instance_norm_when_asked_for(tmp_path):
+    torch.manual_seed(0)
+    model = OneByOne()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for x, y in photos(60, 32, seed=1):
+        optimizer.zero_grad()
+        F.cross_entropy(torch.cat([model(one[None]) for one in x]), y).backward()
+        optimizer.step()
+    weights = dict(model.named_parameters())
+    report = check(model.eval(), list(photos(150, 4, seed=9)))
+    assert report["NRM210"].status == "warn"
+    assert not report.fix().applied, "statistics of all samples do worse than those of four"
+    fix = report.fix(unsafe=True)
+    assert [t.remedy.code for t in fix.applied] == ["replace-norm"]
+    assert fix.confirmed
+    assert type(model.bn) is nn.InstanceNorm2d
+    assert all(parameter is weights[name] for name, parameter in model.named_parameters())
+    assert check(model, list(photos(60, 8, seed=10))).passed("W")
+    save(model, fix.record, tmp_path / "fixed.pt")
+    x, again = next(photos(1, 5, seed=11))[0], load(lambda: OneByOne().eval(), tmp_path / "fixed.pt")
+    assert torch.equal(again(x), model(x))
+    fix.undo()
+    assert type(model.bn) is nn.BatchNorm2d
+
+
 def test_every_rule_has_been_seen_to_fire_and_to_be_silent():
     assert {code for code, _, _ in FIRES} == set(RULES)
     assert {code for code, _, _ in SILENT} == set(RULES)
@@ -1108,12 +1292,34 @@ def test_every_page_has_the_eight_headings():
             assert f"{remedy} [" not in page or f"{remedy} [{REMEDIES[remedy].safety}]" in page, (code, remedy)
 
 
+@pytest.mark.parametrize("kind", ["recalibrated", "averaged"])
+def test_statistics_measured_again_hold_no_initial_values(trained, kind):
+    """40 batches at momentum 0.1 would leave 1.5 % of them, and 20 leave 12 %."""
+    alarms = []
+    for seed, count in itertools.product(range(8), (20, 40)):
+        model = copy.deepcopy(trained)
+        if kind == "recalibrated":
+            recalibrate(model, batches(count, 64, seed=100 + seed), progress=False)
+            assert int(model.bn1.num_batches_tracked) == count
+        else:
+            for norm in (model.bn1, model.bn2):
+                norm.reset_running_stats()
+            with torch.no_grad():
+                for x, _ in batches(count, 64, seed=100 + seed):
+                    model.train()(x)
+        alarms.append((count, check(model.eval(), list(batches(30, 64)), select="NRM104")["NRM104"].status))
+    if kind == "recalibrated":
+        assert {status for _, status in alarms} == {"pass"}
+    else:
+        assert {status for count, status in alarms if count == 20} == {"info"}
+
+
 def test_forbidden_remedies_are_not_offered():
     texts = " ".join(f"{spec.text} {spec.command}".lower() for spec in REMEDIES.values())
     assert "evaluate in train" not in texts
     assert "skip the norm" not in texts
     assert {spec.safety for spec in REMEDIES.values() if spec.operation} <= {"S0", "S1", "S2"}
-    assert all(spec.operation is None for spec in REMEDIES.values() if spec.safety == "S3")
+    assert all((spec.operation is None) == (spec.safety == "S3") for spec in REMEDIES.values())
 
 
 # --- cause before symptom ---------------------------------------------------------------------------------------------
@@ -1160,5 +1366,20 @@ def test_every_threshold_has_a_reason():
     assert all(len(row.reason) > 20 for row in table)
 
 
-def test_intents_are_known():
-    assert {"gan-batchstats-test", "bn-frozen-throughout", "supernet"} <= set(known_intents())
+INTENTS = sorted((code, intent) for code, rule in RULES.items() for intent in rule.intents)
+
+
+@pytest.mark.parametrize(("code", "intent"), INTENTS, ids=[f"{code}-{intent}" for code, intent in INTENTS])
+def test_an_intent_turns_the_alarms_of_its_rules_into_intentions(code, intent):
+    for m in (m for fired, m, status in FIRES if fired == code and status in ("fail", "warn")):
+        ((_, judgement),) = verdicts_of(m, [RULES[code]], (intent,), T)
+        assert judgement.status == "intentional"
+        assert judgement.facts
+    assert f"`{intent}`" in RULES[code].page.partition("Intentional when: ")[2].partition("Known false")[0]
+
+
+def test_an_intent_that_no_rule_reads_is_refused(trained):
+    assert set(known_intents()) == {intent for _, intent in INTENTS}
+    with pytest.raises(ArgumentError, match="bn-frozen-throughout, caffe-folded-frozenbn") as caught:
+        check(trained, batches(), intent="zero-init-residual")
+    assert str(caught.value).startswith("intent 'zero-init-residual' is unknown")

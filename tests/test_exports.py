@@ -8,15 +8,24 @@ import pytest
 
 PUBLIC = {
     "normscope": [
-        "ArgumentError", "DataError", "DegenerateScopeError", "DependencyError", "DtypeError", "Moments",
-        "NormscopeError", "NotationError", "ProofError", "ShapeError", "__version__", "assert_healthy", "backends",
-        "check", "freeze", "functional", "moments", "nn", "normalize", "plan", "recalibrate", "unfreeze",
+        "ArgumentError", "DataError", "DegenerateScopeError", "DependencyError", "DtypeError", "FixReport",
+        "Moments",
+        "NormscopeError", "NotationError", "ProofError", "Report", "ShapeError",
+        "StateNotRestoredError", "Thresholds", "UnhealthyError", "__version__", "assert_healthy", "backends",
+        "check", "freeze", "functional", "load", "moments", "nn", "normalize", "plan", "recalibrate", "unfreeze",
+        "SynchronizationError", "desynchronize", "optim", "parametrizations", "pause_statistics",
+        "provisional_statistics", "synchronize", "accelerate", "to_torch",
     ],
     "normscope.functional": ["add_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"],
     "normscope.nn": [
-        "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d",
-        "InstanceNorm3d", "LayerNorm", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d",
-        "LazyInstanceNorm1d", "LazyInstanceNorm2d", "LazyInstanceNorm3d", "Norm", "RMSNorm",
+        "AdaIN", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchRenorm", "ConditionalBatchNorm",
+        "CrossIterationBatchNorm", "DecorrelatedBatchNorm", "DynamicTanh", "EvalNorm", "EvoNormB0", "EvoNormS0",
+        "FilterResponseNorm", "FrozenBatchNorm", "GhostBatchNorm", "GlobalResponseNorm", "GroupNorm",
+        "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "IterNorm", "LayerNorm", "LayerNorm2d",
+        "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d", "LazyInstanceNorm1d", "LazyInstanceNorm2d",
+        "LazyInstanceNorm3d", "MeanOnlyBatchNorm", "Norm", "OnlineNorm", "PositionalNorm", "RMSNorm", "SPADE",
+        "ScaleNorm", "SplitBatchNorm", "SwitchNorm",
+        "BatchNormLSTM", "LayerNormGRU", "LayerNormLSTM", "RecurrentBatchNorm", "SyncBatchNorm",
     ],
 }  # fmt: skip
 HEAVY = ("matplotlib", "pandas", "triton", "ray", "sklearn", "rich", "click", "jinja2", "scipy", "torch._dynamo")

@@ -165,11 +165,11 @@ def test_a_tensor_that_does_not_match_its_plan_is_refused():
     layout = cpu.layout_of((4, 6), (6, 1), (0,), (False, False))
     with pytest.raises(RuntimeError, match="plan does not match"):
         torch.ops.normscope.forward.default(
-            x[:3].contiguous(), None, x, None, None, torch.empty(4, 6), layout.plan, False, True, True, 1e-5, 0
+            x[:3].contiguous(), None, None, x, None, None, None, None, torch.empty(5, 6), layout.plan, 3, 1e-5
         )
-    with pytest.raises(RuntimeError, match="float32 or bfloat16 only"):
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16 only"):
         torch.ops.normscope.forward.default(
-            x.double(), None, x.double(), None, None, torch.empty(4, 6), layout.plan, False, True, True, 1e-5, 0
+            x.double(), None, None, x.double(), None, None, None, None, torch.empty(5, 6), layout.plan, 3, 1e-5
         )
 
 

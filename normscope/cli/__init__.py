@@ -4,8 +4,9 @@ Exit codes: 0 fine, 1 findings, 2 usage or loading error, 3 internal error or st
 progress and errors to stderr.
 """
 
+import normscope.cli.bench
 import normscope.cli.demo
-import normscope.cli.doctor  # noqa: F401 - both register their commands
+import normscope.cli.doctor  # noqa: F401 - they register their commands
 from normscope.cli.group import main
 
 __all__ = ["main"]

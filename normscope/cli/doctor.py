@@ -158,8 +158,8 @@ def fix(
     _check_folder(out, "-o")
     _check_folder(html, "--html")
     report = _examine({**given, "select": (*given["select"], *only)})
-    with progress("repairing"):
-        result = report.fix(unsafe=unsafe)
+    with progress("repairing") as tell:
+        result = report.fix(unsafe=unsafe, progress=tell)
     record = _with_command(report.record, "check", given)
     kept = bool(result.applied) and (result.confirmed or result.gain is None)
     if html is not None:
@@ -219,7 +219,7 @@ def _examine(given: dict[str, Any]) -> Report:
         loader = load.build_loader(given["data"], near)
     functions = {name.replace("-", "_"): load.function(given[name.replace("-", "_")], near) for name in FUNCTIONS}
     make = load.function(given["optimizer"], near)
-    with progress(f"checking, ≤ {given['budget']:g} s"), load.their_code():
+    with progress(f"checking, ≤ {given['budget']:g} s") as tell, load.their_code():
         try:
             return doctor.check(
                 model,
@@ -232,6 +232,7 @@ def _examine(given: dict[str, Any]) -> Report:
                 ignore=_codes(given["ignore"]),
                 budget=given["budget"],
                 device=load.describe(given["device"]),
+                progress=tell,
             )
         except doctor.StateNotRestoredError as error:
             click.echo(f"error: {error}", err=True)

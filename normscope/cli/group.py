@@ -89,13 +89,27 @@ def main() -> None:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr, silent where stderr is no terminal; yields `tell(done, total, what)`."""
+def progress(title: str, *, still: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr, silent where stderr is no terminal; yields `tell(done, total, what)`.
+
+    Time spent, and time left as soon as the total is known, that is, not 0. A still bar is drawn when it is told
+    something only: the thread that redraws the others takes time from what is being measured.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+    columns = (
+        TextColumn("{task.description:<44}"), BarColumn(12), TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True), TextColumn("{task.fields[left]}"),
+    )  # fmt: skip
+
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown, auto_refresh=not still) as bar:
+        task = bar.add_task(title, total=None, left="")
+
+        def tell(done: int, total: int, what: str) -> None:
+            left = "left" if total else ""
+            bar.update(task, completed=done, total=total or None, description=what, left=left, refresh=still)
+
+        yield tell

@@ -1,6 +1,7 @@
 """The doctor: measures a model's normalization, judges by rules, prices in the user's metric, repairs and verifies."""
 
-from normscope.doctor.check import StateNotRestoredError, assert_healthy, check, rule_pages
+from normscope.doctor.checkpoint import load
+from normscope.doctor.examination import StateNotRestoredError, assert_healthy, check, rule_pages
 from normscope.doctor.fix import FixReport
 from normscope.doctor.judge import known_intents
 from normscope.doctor.report import Report, UnhealthyError
@@ -17,5 +18,6 @@ __all__ = [
     "assert_healthy",
     "check",
     "known_intents",
+    "load",
     "rule_pages",
 ]

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from normscope.doctor.remedies import give, instance_norm, momentum, track
 from normscope.errors import ArgumentError, DataError
 from normscope.records import FixRecord
-from normscope.surgery import find, freeze, set_momentum
+from normscope.surgery import freeze
 
 __all__ = ["load", "restore", "save"]
 
@@ -59,9 +59,20 @@ def save(model: Module, fix: FixRecord, path: str | os.PathLike[str]) -> None:
 def load(builder: Callable[[], Module], path: str | os.PathLike[str]) -> Module:
     """A model as a checkpoint has it: built, the checkpoint's operations done again, its state_dict loaded.
 
+    Args:
+        builder: Returns the model as it was before the operations.
+        path: What `normscope fix -o` wrote, or a plain state_dict; read with `weights_only=True`.
+
     Raises:
         ArgumentError: The checkpoint does not fit the model.
         DataError: It cannot be read.
+
+    Example:
+        >>> import tempfile, torch, normscope as ns
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(torch.nn.LayerNorm(4).state_dict(), f"{folder}/model.pt")
+        ...     ns.load(lambda: torch.nn.LayerNorm(4), f"{folder}/model.pt")
+        LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
     """
     model = builder()
     restore(model, path)
@@ -150,39 +161,20 @@ def _freeze(model: Module, layers: list[str]) -> None:
     freeze(model, select=layers)
 
 
-def _momentum(model: Module, layers: list[str]) -> None:
-    set_momentum(model, 0.1, select=layers)
-
-
 def _track(model: Module, layers: list[str]) -> None:
-    for found in find(model, layers):
-        vars(found.module)["track_running_stats"] = True
+    track(model, layers)
     freeze(model, select=layers)
 
 
-def _give(model: Module, layers: list[str]) -> None:
-    for found in find(model, layers):
-        module = found.module
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            like = next(model.parameters(), torch.empty(0))
-            module.track_running_stats = True
-            module.running_mean = torch.zeros(module.num_features, device=like.device, dtype=like.dtype)
-            module.running_var = torch.ones(module.num_features, device=like.device, dtype=like.dtype)
-            module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=like.device)
-
-
-def _track_again(model: Module, layers: list[str]) -> None:
-    for found in find(model, layers):
-        vars(found.module)["track_running_stats"] = True
-
-
-_REPLAY: dict[str, Callable[[Module, list[str]], None]] = {
+_REPLAY: dict[str, Callable[[Module, list[str]], object]] = {
     "freeze": _freeze,
+    "freeze-norms": _freeze,
     "recal-freeze": _freeze,
-    "momentum": _momentum,
+    "momentum": momentum,
     "track-flag": _track,
-    "track-again": _track_again,
-    "give-statistics": _give,
+    "track-again": track,
+    "give-statistics": give,
+    "replace-norm": instance_norm,
 }
 # Their result lies in the state_dict.
 _STORED = ("recal", "copy-buffers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from torch.nn import Module
 
@@ -14,6 +14,7 @@ from normscope.doctor.cache import Batch, Splits
 from normscope.doctor.guard import bring_back
 from normscope.doctor.measurements import Effect, Outcome
 from normscope.doctor.patient import Patient
+from normscope.doctor.progress import Progress, Tell
 from normscope.doctor.remedies import REMEDIES, Case
 from normscope.doctor.thresholds import Thresholds
 from normscope.errors import NormscopeError
@@ -44,6 +45,15 @@ class FixReport:
     Attributes:
         model: The model with what was applied, edited in place.
         record: Everything as one frozen record.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4, track_running_stats=False))
+        >>> fix = ns.check(model.eval(), [torch.randn(8, 4) for _ in range(6)]).fix()
+        >>> [(one.rule, one.remedy.code) for one in fix.applied], model[1].track_running_stats
+        ([('NRM210', 'give-statistics')], True)
+        >>> fix.undo()[1].track_running_stats
+        False
     """
 
     model: Module
@@ -89,9 +99,10 @@ class FixReport:
         return f"FixReport({len(self.applied)} applied, {len(self.skipped)} skipped, confirmed={self.confirmed})"
 
 
-def treat(ward: Ward, record: CheckRecord, unsafe: bool) -> FixReport:
+def treat(ward: Ward, record: CheckRecord, unsafe: bool, progress: Tell | None) -> FixReport:
     """Try the remedies of all findings, causes first; whatever interrupts leaves the model as it was."""
     start = time.monotonic()
+    ward.patient.progress = Progress(progress)
     before = Snapshot(ward.model)
     course = _Course(ward, unsafe, before)
     try:
@@ -115,12 +126,15 @@ class _Course:
     skipped: list[Treatment] = field(default_factory=list)
 
     def run(self, findings: tuple[Finding, ...]) -> FixRecord:
-        before_b, before_c = self.score(self.ward.splits.b), self.score(self.ward.splits.c)
+        b, c = self.ward.splits.b, self.ward.splits.c
+        self.ward.patient.progress.expect(1, len(b))
+        self.ward.patient.progress.expect(2, len(c))
+        before_b, before_c = self.score("before (B)", b), self.score("before (C)", c)
         now = before_b
         for finding in findings:
             if finding.severity != "I" and not self.settled(finding, findings):
                 now = self.treat(finding, now)
-        after_c = self.score(self.ward.splits.c) if self.applied else before_c
+        after_c = self.score("after (C)", c) if self.applied else before_c
         final = self.effect(before_c, after_c)
         if self.applied and self.contradicts(final):
             # What B took for a gain was chance: nothing may stay in the model on that ground.
@@ -135,15 +149,22 @@ class _Course:
         )  # fmt: skip
 
     def settled(self, finding: Finding, findings: tuple[Finding, ...]) -> bool:
-        """Whether what was applied has dealt with this finding: its cause, or the same remedy on its layers."""
-        # What only keeps the function has not mended what its finding caused.
-        treated = {t.rule for t in self.applied if REMEDIES[t.remedy.code].proof == "gain"}
+        """Whether what was applied has dealt with all layers of this finding: by its cause, or by the same remedy."""
         causes = {f.code: f.explained_by for f in findings}
+        above: set[str] = set()
         cause = finding.explained_by
-        for _ in findings:
-            if cause in treated:
-                return True
+        while cause and cause not in above:
+            above.add(cause)
             cause = causes.get(cause, "")
+        # What only keeps the function has not mended what its finding caused.
+        mended = {
+            name
+            for t in self.applied
+            if t.rule in above and REMEDIES[t.remedy.code].proof == "gain"
+            for name in t.layers
+        }
+        if mended and mended >= set(finding.layers):
+            return True
         done = {(t.remedy.code, name) for t in self.applied for name in t.layers}
         return bool(finding.remedies) and any(
             all((remedy.code, name) in done for name in finding.layers) for remedy in finding.remedies
@@ -153,22 +174,19 @@ class _Course:
         """Try a finding's remedies in order until one is kept."""
         for remedy in finding.remedies:
             spec = REMEDIES[remedy.code]
-            reason = self.refusal(remedy)
-            if reason or spec.operation is None:
-                self.skipped.append(Treatment(finding.code, remedy, finding.layers, None, reason))
-                continue
-            kept, after = self.attempt(finding, remedy, spec.operation, spec.proof, now)
-            if kept:
-                return after
+            if spec.operation is None:
+                self.skip(finding, remedy, "an edit of your code")
+            elif spec.safety == "S2" and not self.unsafe:
+                self.skip(finding, remedy, "changes behaviour; unsafe=True tries it")
+            else:
+                kept, now = self.attempt(finding, remedy, spec.operation, spec.proof, now)
+                if kept:
+                    break
         return now
 
-    def refusal(self, remedy: Remedy) -> str:
-        """Why a remedy is not even tried."""
-        if remedy.safety == "S3":
-            return "an edit of your code"
-        if REMEDIES[remedy.code].operation is None:
-            return "has to be followed by training"
-        return "changes behaviour; unsafe=True tries it" if remedy.safety == "S2" and not self.unsafe else ""
+    def skip(self, finding: Finding, remedy: Remedy, reason: str, gain: Interval | None = None) -> None:
+        """Note a remedy that is not in the model, and why."""
+        self.skipped.append(Treatment(finding.code, remedy, finding.layers, gain, reason))
 
     def attempt(
         self,
@@ -183,21 +201,24 @@ class _Course:
         batches = [batch.fresh(ward.patient.device) for batch in ward.splits.a]
         estimator = cast("Literal['population', 'mean']", ward.estimator)
         case = Case(ward.model, finding.layers, batches, ward.patient.forward, ward.reference, estimator)
+        name = f"{remedy.code} for {finding.code}"
+        ward.patient.progress.expect(1, len(ward.splits.b))
+        ward.patient.progress.at(name)
         try:
             surgery = operation(case)
         except NormscopeError as error:
-            self.skipped.append(Treatment(finding.code, remedy, finding.layers, None, str(error).splitlines()[0]))
+            self.skip(finding, remedy, str(error).splitlines()[0])
             return False, now
         if not surgery.changed:
             reason = "; ".join(dict.fromkeys(reason for _, reason in surgery.skipped)) or "nothing to change"
-            self.skipped.append(Treatment(finding.code, remedy, finding.layers, None, reason))
+            self.skip(finding, remedy, reason)
             return False, now
-        after = self.score(ward.splits.b)
+        after = self.score(f"{name} (B)", ward.splits.b)
         gain = self.effect(now, after)
         reason = self.verdict(gain, proof)
         if reason:
             surgery.undo()
-            self.skipped.append(Treatment(finding.code, remedy, finding.layers, gain.cost, reason))
+            self.skip(finding, remedy, reason, gain.cost)
             return False, now
         self.applied.append(Treatment(finding.code, remedy, surgery.changed, gain.cost, "kept"))
         return True, after
@@ -209,40 +230,54 @@ class _Course:
                 "" if proof == "same" else "cannot be verified: pass loss= or metric=, and a loader of several batches"
             )
         if proof == "same":
-            return "" if gain.cost.high >= 0 else "split B loses by it"
-        gained = gain.cost.low > 0 or (gain.loss is not None and gain.loss.low > 0 and gain.cost.value > 0)
-        return "" if gained else "split B shows no gain"
+            return "split B loses by it" if lost(gain) else ""
+        return "" if gained(gain) else "split B shows no gain"
+
+    @property
+    def promised(self) -> bool:
+        """Whether anything was applied for the sake of a gain."""
+        return any(REMEDIES[t.remedy.code].proof == "gain" for t in self.applied)
 
     def contradicts(self, final: Effect) -> bool:
         """Whether split C shows no gain at all where one was promised, or a clear loss."""
         if final.cost is None:
             return False
-        gains = any(REMEDIES[t.remedy.code].proof == "gain" for t in self.applied)
-        return final.cost.value < 0 if gains else final.cost.high < 0
+        return final.cost.value < 0 if self.promised else lost(final)
 
     def confirms(self, final: Effect) -> bool:
         """Whether split C shows the gain, or for remedies that promise none, no loss."""
-        gains = any(REMEDIES[t.remedy.code].proof == "gain" for t in self.applied)
         if final.cost is None:
-            return not gains
-        if not gains:
-            return final.cost.high >= 0
-        return final.cost.low > 0 or (final.loss is not None and final.loss.low > 0 and final.cost.value > 0)
+            return not self.promised
+        return gained(final) if self.promised else not lost(final)
 
     def effect(self, before: Outcome, after: Outcome) -> Effect:
         """What the state before lost against the one after."""
         return gates.effect(before, after, self.ward.thresholds, self.ward.seed)
 
-    def score(self, batches: tuple[Batch, ...]) -> Outcome:
+    def score(self, name: str, batches: tuple[Batch, ...]) -> Outcome:
         """Loss and metric in evaluation mode; the modes come back."""
         patient = self.ward.patient
         if (patient.loss is None and patient.metric is None) or not batches:
             return Outcome()
         with Snapshot(self.ward.model), patient.evaluating():
-            return patient.score("fix", batches, unfit=[])
+            return patient.score(name, batches, unfit=[])
+
+
+def gained(effect: Effect) -> bool:
+    """Whether a gain is clear; the loss may speak for a metric of few steps that does not contradict it."""
+    cost, loss = effect.cost, effect.loss
+    return cost is not None and (cost.low > 0 or (loss is not None and loss.low > 0 and cost.value > 0))
+
+
+def lost(effect: Effect) -> bool:
+    """Whether a loss is, in the same way."""
+    cost, loss = effect.cost, effect.loss
+    return cost is not None and (cost.high < 0 or (loss is not None and loss.high < 0 and cost.value < 0))
 
 
 def level(outcome: Outcome) -> Interval | None:
     """The mean of metric, else of the loss, with its 99 % interval."""
-    values: Any = outcome.metric if outcome.metric is not None else outcome.loss
-    return None if values is None else gates.mean_interval(values, "metric" if outcome.metric is not None else "loss")
+    if outcome.metric is not None:
+        share = gates.both_shares(outcome.metric, outcome.metric)
+        return gates.mean_interval(outcome.metric, "share" if share else "metric")
+    return None if outcome.loss is None else gates.mean_interval(outcome.loss, "loss")

@@ -87,6 +87,20 @@ def _null_p(layer: Layer, data: Moments, share: float, t: Thresholds, seed: int)
     return (1 + reached) / (1 + RESAMPLES)
 
 
+def reach(values: Array, weight: float, t: Thresholds) -> float:
+    """How far chance moves a weighted mean of such values, by Student's distribution: gate 1 for one number.
+
+    Args:
+        values: One per batch.
+        weight: Σ w² of the mean's weights, which add up to 1.
+        t: The gate's level.
+    """
+    if len(values) < 2:
+        return 0.0
+    band = statistics.equivalence_test(values, np.zeros(len(values)), 1.0, alpha=t.null_point).difference
+    return (band.high - band.low) / 2 * math.sqrt(weight * len(values))
+
+
 def _average_weights(momentum: float | None, k: int, rng: np.random.Generator) -> Array:
     """(RESAMPLES, k) weights with which an exponential average of randomly drawn batches holds each batch."""
     m = momentum if momentum is not None and 0 < momentum < 1 else 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from normscope.doctor.attribution import together
 from normscope.doctor.measurements import Measurements
 from normscope.doctor.remedies import REMEDIES
 from normscope.doctor.rules import RULES, Judgement, Rule
@@ -16,12 +17,11 @@ from normscope.records import Fact, Finding, Verdict
 __all__ = ["chosen", "findings_of", "known_intents", "verdicts_of"]
 
 _ORDER = {"E": 0, "W": 1, "I": 2}
-_UNKNOWN_INTENTS = ("bn-frozen-throughout", "ghost-bn", "split-bn", "zero-init-residual")
 
 
 def known_intents() -> tuple[str, ...]:
-    """Every intent that can be declared."""
-    return tuple(sorted({i for rule in RULES.values() for i in rule.intents} | set(_UNKNOWN_INTENTS)))
+    """Every intent that can be declared: those that a rule knows; accepting others would promise an effect."""
+    return tuple(sorted({intent for rule in RULES.values() for intent in rule.intents}))
 
 
 def chosen(select: Iterable[str] | str | None, ignore: Iterable[str] | str | None) -> tuple[Rule, ...]:
@@ -119,7 +119,7 @@ def _cause(rule: Rule, j: Judgement, alarms: dict[str, tuple[Rule, Judgement]]) 
 
 
 def _finding(rule: Rule, j: Judgement, cause: str, m: Measurements) -> Finding:
-    known = [m.shares[name] for name in j.layers if name in m.shares]
+    felt = j.cost is not None and j.cost is m.recalibrated.cost
     return Finding(
         code=rule.code,
         name=rule.name,
@@ -130,7 +130,7 @@ def _finding(rule: Rule, j: Judgement, cause: str, m: Measurements) -> Finding:
         cost=j.cost,
         remedies=tuple(REMEDIES[code].record(rule.code) for code in j.remedies if _offered(code, m)),
         explained_by=cause,
-        explains=min(1.0, max(known)) if known and rule.code in ("NRM102", "NRM103", "NRM104") else None,
+        explains=together(m.coalitions, j.layers) if felt else None,
     )
 
 

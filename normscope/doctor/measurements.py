@@ -305,7 +305,8 @@ class Measurements:
         batch: The same against itself on batch statistics.
         small: What batch statistics lose against recalibrated ones.
         predicted: What the user's own path loses against evaluation mode, or batches of two against whole ones.
-        shares: By layer, the share of the gap that it explains when it alone is recalibrated.
+        shares: By layer, the share of that loss that it carries; see `normscope.doctor.attribution`.
+        coalitions: By set of layers, the share of that loss that recalibrating them gives back.
         estimators: Largest relative difference of the two estimators' variances.
         chance: Accuracy of always answering the most frequent class.
         repeat: Relative difference of two evaluations of one batch.
@@ -335,6 +336,7 @@ class Measurements:
     small: Effect = Effect()
     predicted: Effect = Effect()
     shares: Mapping[str, float] = field(default_factory=dict)
+    coalitions: Mapping[frozenset[str], float] = field(default_factory=dict)
     estimators: float = 0.0
     best_estimator: str = "population"
     chance: float | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from normscope.doctor.cache import Batch
 from normscope.doctor.measurements import Array, Moments, Outcome
+from normscope.doctor.progress import Progress
 from normscope.errors import ArgumentError
 from normscope.records import PassCost
 from normscope.surgery import feed, find, quiet
@@ -41,6 +42,7 @@ class Patient:
         metric: The same, higher is better, or one number per batch.
         device: Where batches go.
         passes: What has been run, for the report.
+        progress: Whom to tell how far this is.
         problem: The last error on a batch that was left out.
         inferred: What was guessed about loss and metric, "" for nothing.
     """
@@ -51,6 +53,7 @@ class Patient:
     metric: Callable[[Any, Any], Any] | None
     device: torch.device | None = None
     passes: list[PassCost] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
     inferred: str = ""
     problem: str = ""
 
@@ -110,7 +113,7 @@ class Patient:
                     buffer.copy_(value)
 
     @contextlib.contextmanager
-    def with_statistics(self, statistics: Statistics, only: Sequence[str] | None = None) -> Iterator[None]:
+    def with_statistics(self, statistics: Statistics, only: Collection[str] | None = None) -> Iterator[None]:
         """Evaluation mode with other running statistics."""
         with self.keeping(), self.evaluating():
             for found in self.trackers:
@@ -125,6 +128,7 @@ class Patient:
     @contextlib.contextmanager
     def noting(self, name: str, batches: Sequence[Batch]) -> Iterator[None]:
         """Note a pass for the report."""
+        self.progress.begin(name)
         start = time.monotonic()
         yield
         spent = time.monotonic() - start
@@ -146,6 +150,7 @@ class Patient:
                 if self._runs(batch, unfit) is None:
                     watch.pending.clear()
                 watch.commit(batch.size)
+                self.progress.step()
         return watch.moments()
 
     def score(self, name: str, batches: Sequence[Batch], *, unfit: list[Batch] | None = None) -> Outcome:
@@ -156,6 +161,7 @@ class Patient:
                 result = self._runs(batch, unfit)
                 if result is not None:
                     sheet.add(*result, batch.size)
+                self.progress.step()
         return sheet.outcome()
 
     def _runs(self, batch: Batch, unfit: list[Batch] | None) -> tuple[Any, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from normscope.doctor import gates
+from normscope.doctor.attribution import Coalitions, search
 from normscope.doctor.cache import Batch, Cache, Splits, few_of, regroup, split, thin
 from normscope.doctor.measurements import Effect, Layer, Measurements, Moments, Outcome
 from normscope.doctor.patient import Patient, Statistics
@@ -128,6 +129,7 @@ class Probe:
     # --- as handed over: before anything changes a mode -----------------------------------------------------------
 
     def _as_handed_over(self) -> None:
+        self.patient.progress.at("the model as it was handed over")
         user, model, first = self.user, self.patient.model, self.cache.batches[0]
         if user.evaluate is not None:
             self.found["mutation"] = evaluate_once(model, user.evaluate, self.home)
@@ -212,6 +214,9 @@ class Probe:
 
     def _states(self) -> None:
         patient, splits, t = self.patient, self.splits, self.thresholds
+        patient.progress.expect(2, len(splits.a))
+        if patient.loss is not None or patient.metric is not None:
+            patient.progress.expect(3, len(splits.b))
         unfit: list[Batch] = []
         with patient.evaluating():
             seen = patient.measure("P2 evaluation, statistics (A)", splits.a, samples=True, unfit=unfit)
@@ -226,6 +231,7 @@ class Probe:
         if own:
             self.found["estimators"] = max(_estimator_gap(m) for m in own.values())
         self._score_states(own)
+        patient.progress.settle()
 
     def _leave_out(self, unfit: list[Batch]) -> None:
         """Go on without the batches on which the model fails; its first one it has passed."""
@@ -357,41 +363,52 @@ class Probe:
     # --- P5 -------------------------------------------------------------------------------------------------------
 
     def _attribute(self) -> None:
-        """Which layers carry the loss: recalibrate one after the other, from the worst drift on."""
+        """Which layers carry the loss, the worst drift first."""
         effect: Effect = self.found.get("recalibrated", Effect())
         drift = self.found["drift"]
         names = sorted((n for n, d in drift.items() if d.share > 0), key=lambda n: (-drift[n].share, -_size(drift[n])))
         if not effect.harmful or not names:
             return
+        coalitions = self._coalitions(effect)
+        if coalitions is None:
+            return
+        candidates, progress = names[:CANDIDATES], self.patient.progress
+        progress.expect(3 * len(candidates) - 1, min(ATTRIBUTION_BATCHES, len(self.splits.b)))
+
+        def go_on(k: int) -> bool:
+            progress.part = f"P5 attribution, layer {k + 1} of {len(candidates)}"
+            if not self._has_time():
+                self.notes.append("the search for the layers that carry the cost ended with the budget")
+                return False
+            return True
+
+        self.found["shares"] = search(coalitions, candidates, self.thresholds.explained, go_on)
+        if self._has_time():
+            coalitions.share([name for name in names if drift[name].beyond])
+        self.found["coalitions"] = coalitions.shares
+        progress.settle()
+
+    def _coalitions(self, effect: Effect) -> Coalitions | None:
+        """Sets of layers to recalibrate on a part of split B; None where that part shows no loss."""
         patient, b, outcomes = self.patient, thin(self.splits.b, ATTRIBUTION_BATCHES), self.found["outcomes"]
         statistics = statistics_of(self.found["own"], self.found["best_estimator"])
         # What the cost was seen in: a loss may hide what the metric shows, and the other way round.
         by_metric = effect.cost is not None and effect.cost.unit != "loss" and effect.cost.low > 0
 
-        def level(only: Sequence[str]) -> float:
-            with patient.with_statistics(statistics, only):
-                outcome = patient.score(f"P5 attribution, {len(only)} layers (B)", b)
+        def score(layers: Collection[str]) -> float:
+            with patient.with_statistics(statistics, layers):
+                outcome = patient.score(f"P5 attribution, {len(layers)} of {len(statistics)} layers (B)", b)
             return gates.quality(outcome, by_metric)
 
         whole = len(b) == len(self.splits.b)
-        low = gates.quality(outcomes["eval"], by_metric) if whole else level([])
-        high = gates.quality(outcomes["recalibrated"], by_metric) if whole else level(list(statistics))
-        if not high > low:
-            return
-        shares: dict[str, float] = {}
-        together: list[str] = []
-        for name in names[:CANDIDATES]:
-            # Another candidate takes two passes, each about as long as the longest so far.
-            spent = max(p.seconds for p in patient.passes[-3:])
-            if self.left < self.budget * (1 - ATTRIBUTION_ENDS) + 2 * spent:
-                self.notes.append("the search for the layers that carry the cost ended with the budget")
-                break
-            together.append(name)
-            shares[name] = (level([name]) - low) / (high - low)
-            reached = shares[name] if len(together) == 1 else (level(together) - low) / (high - low)
-            if reached >= self.thresholds.explained:
-                break
-        self.found["shares"] = shares
+        low = gates.quality(outcomes["eval"], by_metric) if whole else score([])
+        high = gates.quality(outcomes["recalibrated"], by_metric) if whole else score(list(statistics))
+        return Coalitions(score, frozenset(statistics), low, high) if high > low else None
+
+    def _has_time(self) -> bool:
+        """Whether the budget allows another candidate of the search: three passes as long as the longest of late."""
+        spent = max(p.seconds for p in self.patient.passes[-3:])
+        return self.left >= self.budget * (1 - ATTRIBUTION_ENDS) + 3 * spent
 
     # --- the other model ------------------------------------------------------------------------------------------
 

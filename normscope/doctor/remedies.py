@@ -7,7 +7,8 @@ statistics of unlike domains, evaluating in training mode.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -15,11 +16,24 @@ import torch
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normscope import nn
 from normscope.errors import ArgumentError
 from normscope.records import Remedy
-from normscope.surgery import Draft, Surgery, copy_buffers, find, freeze, operate, recalibrate, set_momentum
+from normscope.surgery import (
+    Draft,
+    Surgery,
+    copy_buffers,
+    exchange,
+    find,
+    freeze,
+    operate,
+    recalibrate,
+    set_momentum,
+    trace,
+)
+from normscope.surgery.find import Found
 
-__all__ = ["REMEDIES", "Case", "Spec", "remedy"]
+__all__ = ["REMEDIES", "Case", "Spec", "give", "instance_norm", "momentum", "remedy", "track"]
 
 Proof = Literal["gain", "same"]
 
@@ -67,6 +81,7 @@ class Spec:
 
 
 FIX = "normscope fix MODEL --data DATA --rule {rule} -o fixed.pt"
+UNSAFE = FIX.replace(" -o", " --unsafe -o")
 REMEDIES: dict[str, Spec] = {}
 
 
@@ -119,16 +134,20 @@ def _recalibrate_and_freeze(case: Case) -> Surgery:
 
 
 def _momentum(case: Case) -> Surgery:
-    return set_momentum(case.model, 0.1, select=list(case.layers))
+    return momentum(case.model, case.layers)
+
+
+def momentum(model: Module, layers: Sequence[str]) -> Surgery:
+    """Torch's convention."""
+    return set_momentum(model, 0.1, select=list(layers))
 
 
 def _track(case: Case) -> Surgery:
     """The flag back on, and frozen: what was meant by turning it off."""
 
     def edit(draft: Draft) -> None:
-        for found in find(draft.model, list(case.layers)):
-            cast(_BatchNorm, found.module).track_running_stats = True
-            draft.change(found.name)
+        for name in track(draft.model, case.layers):
+            draft.change(name)
         freeze(draft.model, select=list(case.layers))
 
     return operate("track_flag", case.model, edit)
@@ -138,43 +157,82 @@ def _track_again(case: Case) -> Surgery:
     """The flag back on, and statistics of the data: the layer went on learning while nothing was tracked."""
 
     def edit(draft: Draft) -> None:
-        for found in find(draft.model, list(case.layers)):
-            cast(_BatchNorm, found.module).track_running_stats = True
-            draft.change(found.name)
-        recalibrate(
-            draft.model,
-            case.batches,
-            None,
-            case.estimator,
-            select=list(case.layers),
-            forward=case.forward,
-            progress=False,
-        )
+        for name in track(draft.model, case.layers):
+            draft.change(name)
+        _recalibrate(dataclasses.replace(case, model=draft.model))
 
     return operate("track_again", case.model, edit)
+
+
+def track(model: Module, layers: Sequence[str]) -> tuple[str, ...]:
+    """Set the flag back; the names of the layers."""
+    found = find(model, list(layers))
+    for each in found:
+        cast(_BatchNorm, each.module).track_running_stats = True
+    return tuple(each.name for each in found)
 
 
 def _give(case: Case) -> Surgery:
     """Buffers for layers built without, filled from split A."""
 
     def edit(draft: Draft) -> None:
+        given = give(draft.model, case.layers)
         for found in find(draft.model, list(case.layers)):
-            module = found.module
-            if not isinstance(module, _BatchNorm) or module.running_mean is not None:
-                draft.skip(found.name, "no BatchNorm without buffers")
-                continue
-            like = module.weight if module.weight is not None else next(draft.model.parameters(), torch.empty(0))
-            module.track_running_stats = True
-            module.running_mean = torch.zeros(module.num_features, device=like.device, dtype=like.dtype)
-            module.running_var = torch.ones(module.num_features, device=like.device, dtype=like.dtype)
-            module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=like.device)
-            draft.change(found.name)
-        if draft.changed:
-            recalibrate(
-                draft.model, case.batches, None, select=list(draft.changed), forward=case.forward, progress=False
-            )
+            draft.change(found.name) if found.name in given else draft.skip(found.name, "no BatchNorm without buffers")
+        if given:
+            _recalibrate(dataclasses.replace(case, model=draft.model, layers=given))
 
     return operate("give_statistics", case.model, edit)
+
+
+def give(model: Module, layers: Sequence[str]) -> tuple[str, ...]:
+    """Initial buffers for BatchNorm layers built without; the names of those that had none."""
+    given = []
+    for found in find(model, list(layers)):
+        module = found.module
+        if not isinstance(module, _BatchNorm) or module.running_mean is not None:
+            continue
+        like = module.weight if module.weight is not None else next(model.parameters(), torch.empty(0))
+        module.track_running_stats = True
+        module.running_mean = torch.zeros(module.num_features, device=like.device, dtype=like.dtype)
+        module.running_var = torch.ones(module.num_features, device=like.device, dtype=like.dtype)
+        module.num_batches_tracked = torch.zeros((), dtype=torch.long, device=like.device)
+        given.append(found.name)
+    return tuple(given)
+
+
+def _instance_norm(case: Case) -> Surgery:
+    calls = trace(case.model, case.batches[0], case.forward, select=list(case.layers))
+    flat = {call.name for call in calls if call.shape is None or math.prod(call.shape[2:]) < 2}
+    return instance_norm(case.model, case.layers, flat)
+
+
+def instance_norm(model: Module, layers: Sequence[str], flat: Collection[str] = ()) -> Surgery:
+    """InstanceNorm in place of BatchNorm: the same function where the model was trained with one sample per batch.
+
+    Args:
+        model: The model.
+        layers: Where.
+        flat: Layers that see one value per sample and channel, of which there is no variance.
+    """
+
+    def build(found: Found) -> Module | str:
+        old: Any = found.module
+        if "" in found.paths:
+            return "the model itself cannot be exchanged under its name"
+        if type(old) not in _OF_INSTANCES or getattr(old, "activation", None) is not None:
+            return f"{type(old).__name__} has no counterpart without a batch axis here"
+        if found.name in flat:
+            return "one value per sample and channel"
+        return _OF_INSTANCES[type(old)](old.num_features, old.eps, affine=old.affine)
+
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    return exchange("instance_norm", model, build, select=list(layers), without=buffers)
+
+
+_OF_INSTANCES: dict[type[Module], Callable[..., Module]] = {
+    getattr(home, f"BatchNorm{d}d"): getattr(home, f"InstanceNorm{d}d") for home in (torch.nn, nn) for d in (1, 2, 3)
+}
 
 
 # --- the remedies -----------------------------------------------------------------------------------------------------
@@ -195,10 +253,10 @@ for _spec in (
          operation=_track_again),
     Spec("give-statistics", "S1", "give these layers running statistics, measured from your data", FIX,
          proof="same", operation=_give),
-    Spec("freeze-norms", "S3", "if the weights are pretrained: train with frozen statistics",
-         "ns.freeze(model)  # before training"),
-    Spec("replace-norm", "S2", "replace by a normalizer without a batch axis, then train on; it may be worse",
-         "ns.convert(model, {{'BatchNorm': 'GroupNorm(32)'}}, calibrate=loader)"),
+    Spec("freeze-norms", "S2", "if the weights are pretrained: measure these statistics again and train on with them "
+         "frozen", UNSAFE, operation=_recalibrate_and_freeze),
+    Spec("replace-norm", "S2", "replace by InstanceNorm, which is BatchNorm with a batch of one; any other normalizer "
+         "without a batch axis has to be trained on", UNSAFE, operation=_instance_norm),
     Spec("load-buffers", "S3", "save and load the whole state_dict, which holds the buffers",
          "torch.save(model.state_dict(), path)  # not dict(model.named_parameters())"),
     Spec("fix-reference", "S3", "update the follower's buffers with its weights",
@@ -211,7 +269,7 @@ for _spec in (
          "F.batch_norm(x, self.running_mean, self.running_var, training=self.training)"),
     Spec("drop-last", "S3", "leave out the incomplete last batch", "DataLoader(..., drop_last=True)"),
     Spec("bigger-batch", "S3", "use larger batches per device, or SyncBatchNorm over devices",
-         "DataLoader(..., batch_size=32)  # or torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)"),
+         "DataLoader(..., batch_size=32)  # or ns.synchronize(model)"),
     Spec("shuffle", "S3", "mix the batches", "DataLoader(..., shuffle=True)"),
     Spec("reach", "S3", "pass a forward and a loader that reach these layers", "ns.check(model, loader, forward=...)"),
     Spec("more-samples", "S3", "give the check more samples or more time", "ns.check(model, loader, budget=300)"),

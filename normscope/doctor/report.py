@@ -12,6 +12,7 @@ from torch.nn import Module
 from normscope import records
 from normscope.doctor.fix import FixReport, Ward, treat
 from normscope.doctor.measurements import Measurements
+from normscope.doctor.progress import Tell
 from normscope.errors import ArgumentError, NormscopeError
 from normscope.records import CheckRecord, Finding, Severity, Verdict
 
@@ -31,6 +32,13 @@ class Report:
     Attributes:
         record: Everything as one frozen record, which text, page and JSON are made of.
         measurements: The numbers that the rules judged; not part of the JSON.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).eval()
+        >>> report = ns.check(model, [torch.randn(8, 4) for _ in range(6)])
+        >>> report, report.passed("W"), report["NRM101"].reason
+        (Report(Sequential: 0 E, 0 W, 0 I), True, 'all statistics and affine parameters are finite')
     """
 
     record: CheckRecord
@@ -77,17 +85,20 @@ class Report:
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the record as one self-contained page."""
-        from normscope.report.html import render_check  # drawing is only paid for where it is asked for
+        # The one import against the order of the rooms: report knows records only, so nothing runs in a circle, and who
+        # asks for no page does not pay for drawing. A registry would hide the same arrow.
+        from normscope.report.html import render_check
 
         Path(path).write_text(render_check(self.record), encoding="utf-8")
 
-    def fix(self, unsafe: bool = False) -> FixReport:
+    def fix(self, unsafe: bool = False, *, progress: Tell | None = None) -> FixReport:
         """Apply what helps, in place: each remedy is kept only if split B shows that it helps, C confirms the whole.
 
         Args:
             unsafe: Also try remedies that change behaviour (S2).
+            progress: As in `check`.
         """
-        return treat(self._ward, self.record, unsafe)
+        return treat(self._ward, self.record, unsafe, progress)
 
     def __repr__(self) -> str:
         count = {s: sum(f.severity == s for f in self.findings) for s in "EWI"}

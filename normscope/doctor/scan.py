@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from normscope.doctor.cache import Batch
+from normscope.doctor.cache import Batch, few_of
 from normscope.doctor.measurements import Array, FunctionalCall, Layer, Site
 from normscope.doctor.patient import Patient
 from normscope.surgery import Snapshot, feed, find, is_frozen, paths
@@ -188,7 +188,7 @@ def _per_statistic(found: Found, shape: tuple[int, ...]) -> float:
 
 
 def fed_frozen(patient: Patient, batch: Batch) -> dict[str, bool]:
-    """By normalizer, whether nothing before it learns: autograd knows, and need not keep activations for that."""
+    """By normalizer, whether nothing before it learns: autograd knows."""
     fed: dict[str, bool] = {}
 
     def hook(name: str) -> Callable[[Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -202,9 +202,9 @@ def fed_frozen(patient: Patient, batch: Batch) -> dict[str, bool]:
     handles = [f.module.register_forward_pre_hook(hook(f.name), with_kwargs=True) for f in patient.trackers]
     try:
         patient.model.eval()
-        forget = torch.autograd.graph.saved_tensors_hooks(lambda _: torch.empty(0), lambda t: t)
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), forget:
-            feed(patient.model, batch.fresh(patient.device), patient.forward)
+        # Few, because activations are kept: hooks that forget them would outlive an interrupt and spoil every backward.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            feed(patient.model, few_of(batch).fresh(patient.device), patient.forward)
     except Exception:
         return {}  # a forward that cannot run with gradients leaves the question open
     finally:

@@ -18,7 +18,12 @@ def _because(default: float, reason: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """The numbers by which the rules judge."""
+    """The numbers by which the rules judge, as they are; a check records those that it used.
+
+    Example:
+        >>> [(row.name, row.value) for row in Thresholds().table()[:2]]
+        [('cost_error', 1.0), ('cost_warning', 0.3)]
+    """
 
     cost_error: float = _because(1.0, "pp; reported troubles worth an error cost 1 to 66 pp, noise lies below 0.2 pp")
     cost_warning: float = _because(0.3, "pp; twice the 0.09–0.2 pp by which healthy evaluations were seen to differ")

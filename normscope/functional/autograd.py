@@ -1,9 +1,9 @@
 """Two doors to one formula.
 
-*Plain eager* goes through `_Compiled` or, where the compiled kernels do not serve, `_Normalize`: both save x and a few
-numbers per set, and compute the gradient from the hand-derived formula. *Everything else* (torch.compile, torch.export,
-torch.func, forward mode, tracing) sees the same kernels as plain torch operators, so that every transformation works
-and nothing of ours is left in an exported graph.
+*Plain eager* goes through the compiled kernels (`compiled.py`) or, where these do not serve, through `_Normalize`: both
+save x and a few numbers per set, and compute the gradient from the hand-derived formula. *Everything else*
+(torch.compile, torch.export, torch.func, forward mode, tracing) sees the same formula as plain torch operators, so that
+every transformation works and nothing of ours is left in an exported graph.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from normscope.kernels import COMPUTE_DTYPE, cpu, eager
+from normscope.functional.view import View
+from normscope.kernels import COMPUTE_DTYPE, eager
 from normscope.kernels.formula import Formula
 
-__all__ = ["Operands", "normalize_parts", "serving_layout"]
+__all__ = ["Operands", "gradients", "is_plain", "normalize_parts"]
 
 
 class Operands(NamedTuple):
@@ -41,6 +42,28 @@ class Operands(NamedTuple):
     var: Tensor | None
     mask: Tensor | None
 
+    @staticmethod
+    def seen(
+        view: View,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        mask: Tensor | None,
+    ) -> Operands:
+        """From tensors of x's and the params' shape; mean, var and mask broadcast through the parts already."""
+        return Operands(
+            view.unfold(x),
+            None if weight is None else view.param(weight),
+            None if bias is None else view.param(bias),
+            None if residual is None else view.unfold(residual),
+            mean,
+            var,
+            mask,
+        )
+
     def computed(self) -> Operands:
         """The operands in the dtype of the computation."""
         dtype = COMPUTE_DTYPE[self.x.dtype]
@@ -54,11 +77,8 @@ def normalize_parts(operands: Operands, formula: Formula) -> tuple[Tensor, Tenso
         y in x's dtype, and the mean and variance that were used, in the dtype of the computation, with size one in
         the averaged parts; these two are without gradient.
     """
-    plain = _plain()
+    plain = is_plain()
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    layout = _compiled_layout(operands, formula) if plain else None
-    if layout is not None:
-        return _compiled(operands, formula, layout, learns)
     if plain and learns:
         y, mean, var = _Normalize.apply(formula, *operands)  # type: ignore[no-untyped-call]
     else:
@@ -67,7 +87,8 @@ def normalize_parts(operands: Operands, formula: Formula) -> tuple[Tensor, Tenso
     return y, mean, var
 
 
-def _plain() -> bool:
+def is_plain() -> bool:
+    """Whether nothing watches the operators: no compiler, no functorch, no forward mode, no tracer."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -118,94 +139,16 @@ class _Normalize(torch.autograd.Function):
         saved = ctx.saved_tensors  # unpacked once: checkpoints allow no more
         operands, needs = Operands(*saved[:7]), Operands(*ctx.needs_input_grad[1:])
         stats = None if torch.is_grad_enabled() else eager.Statistics(*saved[7:])
-        return None, *_gradients(grads[0], operands, stats, ctx.formula, needs)
+        return None, *gradients(grads[0], operands, stats, ctx.formula, needs)
 
 
-class _Compiled(torch.autograd.Function):
-    """The same on the compiled kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, formula: Formula, layout: cpu.Layout, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        operands = Operands(*tensors)  # type: ignore[arg-type]
-        y, statistics = _compiled_forward(operands, formula, layout)
-        ctx.formula, ctx.layout = formula, layout
-        ctx.save_for_backward(*operands, statistics)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(statistics)
-        return y, statistics
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        gy, needs = grads[0], Operands(*ctx.needs_input_grad[2:])
-        if gy is None:
-            return (None,) * (2 + len(Operands._fields))
-        *tensors, statistics = ctx.saved_tensors  # unpacked once: checkpoints allow no more
-        o = Operands(*tensors)
-        if torch.is_grad_enabled():  # under create_graph the gradient itself must be differentiable
-            return None, None, *_gradients(gy, o, None, ctx.formula, needs)
-        shape, params = o.x.shape, ctx.layout.params
-        weight, bias = (None if t is None else cpu.flat(t, shape, params) for t in (o.weight, o.bias))
-        g = cpu.backward(
-            _like(gy, o.x), o.x, ctx.layout, ctx.formula, weight, bias, _like(o.residual, o.x), statistics,
-            fixed=o.mean is not None, needs_x=bool(needs.x), needs_params=bool(needs.weight or needs.bias),
-            needs_residual=bool(needs.residual),
-        )  # fmt: skip
-        dweight, dbias = (
-            None if d is None or t is None else eager.sum_to(cpu.unflat(d, shape, params), t).to(t.dtype)
-            for d, t in ((g.weight, o.weight), (g.bias, o.bias))
-        )
-        dresidual = None if g.residual is None or o.residual is None else g.residual.to(o.residual.dtype)
-        return None, None, g.x, dweight, dbias, dresidual, None, None, None
-
-
-def _compiled_layout(o: Operands, formula: Formula) -> cpu.Layout | None:
-    """How the compiled kernels would see the operands, or None where they do not serve them."""
-    if o.mask is not None or any(t is not None and t.requires_grad for t in (o.mean, o.var)):
-        return None
-    params = [t for t in (o.weight, o.bias) if t is not None]
-    return serving_layout(o.x, formula.inside, tuple(any(t.shape[i] != 1 for t in params) for i in range(o.x.dim())))
-
-
-def serving_layout(x: Tensor, inside: tuple[int, ...], varies: tuple[bool, ...]) -> cpu.Layout | None:
-    """How the compiled kernels see a tensor, or None where the eager ones serve it."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or x.numel() == 0:
-        return None
-    return None if cpu.missing() else cpu.layout_of(tuple(x.shape), x.stride(), inside, varies)
-
-
-def _compiled(operands: Operands, formula: Formula, layout: cpu.Layout, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if learns:
-        y, statistics = _Compiled.apply(formula, layout, *operands)  # type: ignore[no-untyped-call]
-    else:
-        y, statistics = _compiled_forward(operands, formula, layout)
-    shape = operands.x.shape
-    mean, var = (cpu.unflat(t, shape, layout.sets) for t in (statistics[0] + statistics[1], statistics[2]))
-    return y, mean, var
-
-
-def _compiled_forward(o: Operands, formula: Formula, layout: cpu.Layout) -> tuple[Tensor, Tensor]:
-    shape = o.x.shape
-    weight, bias = (None if t is None else cpu.flat(t, shape, layout.params) for t in (o.weight, o.bias))
-    given = None
-    if o.mean is not None and o.var is not None:
-        given = (cpu.flat(o.mean, shape, layout.sets), cpu.flat(o.var, shape, layout.sets))
-    return cpu.forward(o.x, layout, formula, weight, bias, _like(o.residual, o.x), given)
-
-
-def _like(t: Tensor | None, x: Tensor) -> Any:
-    """A tensor with x's dtype and strides."""
-    if t is None or (t.stride() == x.stride() and t.dtype == x.dtype):
-        return t
-    return torch.empty_like(x).copy_(t)
-
-
-def _gradients(
+def gradients(
     gy: Tensor, operands: Operands, stats: eager.Statistics | None, formula: Formula, needs: Operands
 ) -> tuple[Tensor | None, ...]:
     """The gradients in torch operators; without statistics these become functions of x again, as create_graph needs."""
     o = _clean(operands.computed())
-    gradients = _backward(gy.to(o.x.dtype), o, stats or _statistics(o, formula), formula, needs)
-    return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, operands, strict=True))
+    found = _backward(gy.to(o.x.dtype), o, stats or _statistics(o, formula), formula, needs)
+    return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, operands, strict=True))
 
 
 def _backward(gy: Tensor, o: Operands, stats: eager.Statistics, f: Formula, needs: Operands) -> Operands:

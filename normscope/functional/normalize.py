@@ -11,8 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normscope import kernels
 from normscope.errors import ArgumentError, ShapeError
-from normscope.functional.autograd import serving_layout
-from normscope.functional.core import View, check_degenerate, check_dtype, run, view_of
+from normscope.functional import compiled
+from normscope.functional.core import View, apply, check_degenerate, check_dtype, view_of
 from normscope.kernels import COMPUTE_DTYPE, cpu, eager
 from normscope.kernels.formula import Formula
 from normscope.scope import Plan, make_plan
@@ -101,11 +101,11 @@ def normalize(
     if moments is None and center:
         check_degenerate(view)
     mean, var = (None, None) if moments is None else _given(view, moments)
-    formula = Formula(view.scope.inside, eps, center, scale, activation)
-    return run(
+    formula = Formula(view.inside, eps, center, scale, activation)
+    return apply(
         x, view, formula, weight=weight, bias=bias, residual=residual, mean=mean, var=var,
         mask=view.mask(mask, view.channels),
-    )[0]  # fmt: skip
+    ).y  # fmt: skip
 
 
 def moments(x: Tensor, scope: str, *, center: bool = True, mask: Tensor | None = None, **sizes: int) -> Moments:
@@ -134,12 +134,12 @@ def moments(x: Tensor, scope: str, *, center: bool = True, mask: Tensor | None =
     keep = view.mask(mask, view.channels)
     if keep is not None:
         parts = torch.where(keep, parts, 0)
-    stats = eager.statistics(parts, Formula(view.scope.inside, 0.0, center), keep)
+    stats = eager.statistics(parts, Formula(view.inside, 0.0, center), keep)
     mean = view.sets(stats.mean)
     if keep is None:
         count = torch.full_like(mean, view.cells, dtype=torch.int64)
     else:
-        count = view.sets(keep.expand(view.sizes).sum(view.scope.inside, keepdim=True))
+        count = view.sets(keep.expand(view.sizes).sum(view.inside, keepdim=True))
     return Moments(mean, view.sets(stats.var), count)
 
 
@@ -158,16 +158,14 @@ def plan(x: Tensor, scope: str, **sizes: int) -> Plan:
           sets    64 (one per c) of 100352 cells
           memory  S(i, j) = {i·0 + j·3136 + p·200704 + q}, i < 1, j < 64, p < 32, q < 3136
           loop    along: 32 runs of 3136 contiguous cells per set
-          kernel  cpu: compiled loops (...), float32 and bfloat16, dense tensors without a mask
+          kernel  cpu: compiled loops (...), float32, bfloat16 and float16, dense tensors
           bytes   forward 51.4 MB (floor 51.4 MB), backward 77.1 MB (floor 77.1 MB)
     """
     check_dtype(x, "plan")
     view = view_of(x, scope, sizes)
-    channels = view.scope.axis_of("c")
-    varies = tuple(part.axis == channels for part in view.scope.parts)
-    layout = serving_layout(view.unfold(x), view.scope.inside, varies)
-    compiled, torch_operators = kernels.backends()
-    backend, passes = (torch_operators, eager.PASSES) if layout is None else (compiled, cpu.passes(layout))
+    layout = compiled.layout_of(x, view, view.channels or ())
+    compiled_loops, torch_operators = kernels.backends()
+    backend, passes = (torch_operators, eager.PASSES) if layout is None else (compiled_loops, cpu.passes(layout))
     return dataclasses.replace(
         make_plan(view.scope, tuple(x.shape), x.stride(), sizes),
         itemsize=x.element_size(),

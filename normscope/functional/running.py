@@ -5,11 +5,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normscope.functional.core import View
-from normscope.kernels import eager
+from normscope.functional.core import Normalized, View
+from normscope.kernels import cpu, eager
 from normscope.kernels.formula import Formula
 
-__all__ = ["update_running"]
+__all__ = ["recomputing", "track", "update_running"]
+
+# A set whose mean or variance is not finite stays out of the buffers: an exponential average never loses infinity
+# again, while a gradient scaler just skips the step. False is torch's behaviour.
+SKIP_NONFINITE = True
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward: a checkpoint computes it again, its batch has entered already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+
+
+def track(
+    running: tuple[Tensor | None, Tensor | None],
+    done: Normalized,
+    mask: Tensor | None,
+    momentum: float | Tensor,
+    formula: Formula,
+) -> None:
+    """`update_running` by what a normalization found; in one step where each set has a number of its own."""
+    mean, var = running
+    if mean is None and var is None:
+        return
+    if done.recipe is None or mask is not None or not isinstance(momentum, float) or not _plain(done, mean, var):
+        update_running(running, done.moments, done.view, mask, momentum, formula)
+    elif not recomputing():
+        cells = done.view.cells
+        correction = cells / (cells - 1) if formula.center and cells > 1 else 1.0
+        cpu.update(done.statistics, mean, var, momentum, correction, SKIP_NONFINITE)  # type: ignore[arg-type]
+
+
+def _plain(done: Normalized, *buffers: Tensor | None) -> bool:
+    count = done.recipe.layout.set_count  # type: ignore[union-attr]
+    for t in buffers:
+        if t is None or t.numel() != count or t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous():
+            return False
+    return True
 
 
 def update_running(
@@ -27,32 +63,34 @@ def update_running(
         moments: μ_S and σ²_S of the batch, through the parts.
         view: How the batch was seen; axes outside S that are no params are averaged.
         mask: Cells that were kept, through the parts; a set without cells moves nothing, one with a single cell no
-            variance.
+            variance. Nor does a set that is not finite.
         momentum: The weight of the batch; a tensor for the cumulative mean 1/num_batches_tracked.
         formula: A mean square (nothing centred) needs no correction.
     """
-    if 0 in view.shape:
+    if 0 in view.shape or recomputing():
         return
     mean, var = moments
-    count = view.cells if mask is None else mask.expand(view.sizes).sum(view.scope.inside, keepdim=True)
+    count = view.cells if mask is None else mask.expand(view.sizes).sum(view.inside, keepdim=True)
     if formula.center:
         var = _unbiased(var, count)
+    finite = (mean + var).isfinite() if SKIP_NONFINITE else None
     for buffer, value, least in ((running[0], mean, 1), (running[1], var, 1 + formula.center)):
         if buffer is None:
             continue
         if isinstance(count, int) and value.numel() == buffer.numel() and buffer.dtype == value.dtype:
-            buffer.lerp_(view.fold_param(value), momentum)
+            value = view.fold_param(value)
+            if finite is not None:
+                value = torch.where(view.fold_param(finite), value, buffer)
+            buffer.lerp_(value, momentum)
             continue
         old = view.param(buffer).to(value.dtype)
-        if isinstance(count, int):
-            value = eager.sum_to(value, old) / (value.numel() // old.numel())
-        else:
-            known = (count >= least).expand_as(value)
-            sets = eager.sum_to(known.to(value.dtype), old)
-            value = eager.sum_to(torch.where(known, value, 0), old) / sets.clamp(min=1)
-            value = torch.where(sets > 0, value, old)
-        updated = old + momentum * (value - old)
-        buffer.copy_(view.fold_param(updated))
+        known = torch.ones_like(value, dtype=torch.bool) if finite is None else finite
+        if not isinstance(count, int):
+            known = known & (count >= least)
+        sets = eager.sum_to(known.to(value.dtype), old)
+        value = eager.sum_to(torch.where(known, value, 0), old) / sets.clamp(min=1)
+        value = torch.where(sets > 0, value, old)
+        buffer.copy_(view.fold_param(old + momentum * (value - old)))
 
 
 def _unbiased(var: Tensor, count: int | Tensor) -> Tensor:

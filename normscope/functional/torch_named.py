@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normscope.errors import ArgumentError, ShapeError
-from normscope.functional.core import View, check_dtype, run, view_of
-from normscope.functional.running import update_running
+from normscope.functional.core import View, apply, check_dtype, view_of
+from normscope.functional.running import track
 from normscope.kernels import COMPUTE_DTYPE
 from normscope.kernels.formula import Formula
 from normscope.scope import SCOPES
@@ -79,7 +79,7 @@ def batch_norm(
     _check_running(running_mean, running_var, needed=not training)
     return _with_running(
         input, view, (running_mean, running_var), training, momentum,
-        Formula(view.scope.inside, eps, activation=activation), weight, bias, residual, mask,
+        Formula(view.inside, eps, activation=activation), weight, bias, residual, mask,
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def instance_norm(
     _check_running(running_mean, running_var, needed=False)
     return _with_running(
         input, view, (running_mean, running_var), use_input_stats, momentum,
-        Formula(view.scope.inside, eps, activation=activation), weight, bias, residual, mask,
+        Formula(view.inside, eps, activation=activation), weight, bias, residual, mask,
     )  # fmt: skip
 
 
@@ -304,9 +304,8 @@ def group_norm(
             )
     x = _autocast(input)
     view = view_of(x, SCOPES["GroupNorm"].pattern, {"g": num_groups}, "c")
-    formula = Formula(view.scope.inside, eps, activation=activation)
-    y, _, _ = run(x, view, formula, weight=weight, bias=bias, residual=residual, mask=view.mask(mask, (1,)))
-    return y
+    formula = Formula(view.inside, eps, activation=activation)
+    return apply(x, view, formula, weight=weight, bias=bias, residual=residual, mask=view.mask(mask, (1,))).y
 
 
 def add_norm(
@@ -406,9 +405,8 @@ def _trailing(
     x = _autocast(x)
     names = " ".join(f"c{k}" for k in range(len(sizes))) if len(sizes) > 1 else "c"
     view = view_of(x, SCOPES["LayerNorm"].pattern.replace("c", names), {}, names)
-    formula = Formula(view.scope.inside, eps, center, activation=activation)
-    y, _, _ = run(x, view, formula, weight=weight, bias=bias, residual=residual, mask=view.mask(mask, view.params))
-    return y
+    formula = Formula(view.inside, eps, center, activation=activation)
+    return apply(x, view, formula, weight=weight, bias=bias, residual=residual, mask=view.mask(mask, view.params)).y
 
 
 def _with_running(
@@ -428,10 +426,10 @@ def _with_running(
     mean = var = None
     if not from_input:
         mean, var = (None if t is None else view.param(t.detach()) for t in running)
-    y, mean, var = run(x, view, formula, weight=weight, bias=bias, residual=residual, mean=mean, var=var, mask=keep)
+    done = apply(x, view, formula, weight=weight, bias=bias, residual=residual, mean=mean, var=var, mask=keep)
     if from_input:
-        update_running(running, (mean, var), view, keep, momentum, formula)
-    return y
+        track(running, done, keep, momentum, formula)
+    return done.y
 
 
 def _channel_view(x: Tensor, pattern: str) -> View:

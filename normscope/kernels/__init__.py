@@ -62,12 +62,12 @@ def backends() -> Backends:
     Example:
         >>> import normscope as ns
         >>> print(ns.backends())
-        usable   cpu      cpu    compiled loops (...), float32 and bfloat16, dense tensors without a mask
+        usable   cpu      cpu    compiled loops (...), float32, bfloat16 and float16, dense tensors
         usable   eager    any    torch operators, every dtype, layout and transformation
     """
     from normscope.kernels import cpu
 
     missing = cpu.missing()
-    serves = "float32 and bfloat16, dense tensors without a mask"
+    serves = "float32, bfloat16 and float16, dense tensors"
     reason = f"compiled loops ({cpu.isa()}), {serves}" if missing is None else missing
     return Backends([Backend("cpu", missing is None, "cpu", reason), _EAGER])

@@ -6,6 +6,7 @@ through the eager kernels.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,15 +18,17 @@ from torch import Tensor
 
 from normscope.kernels.formula import Formula
 
-__all__ = ["FUSED", "Layout", "backward", "forward", "isa", "layout_of", "missing", "passes"]
+__all__ = ["DTYPES", "FUSED", "Layout", "backward", "forward", "isa", "layout_of", "missing", "passes"]
 
 # The activations by their number in the kernels' table.
 _TABLE = "relu relu6 leaky_relu elu silu gelu gelu_tanh mish sigmoid tanh hardswish hardsigmoid"
 FUSED: dict[str | None, int] = {None: 0} | {name: number for number, name in enumerate(_TABLE.split(), 1)}
 
 # Runs inside S that are shorter are columns of an across loop, folded into their sets: a 7×7 map along its 49 cells ran
-# at 0.12 of the copy, as columns at 0.2 to 0.7.
-SHORT_RUN = 64
+# at 0.12 of the copy, as columns at 0.2 to 0.7; a 14×14 map at 0.21 and 0.5.
+SHORT_RUN = 256
+TINY_RUN = 32  # the same where a set is a single run, so that there is nothing to add up row by row
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _LIBRARY = Path(__file__).with_name("cpp") / "libnormscope.so"
 _INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -59,13 +62,15 @@ class Layout(NamedTuple):
     """A dense tensor as the kernels see it.
 
     Attributes:
-        plan: The twenty integers of plan.h.
+        plan: The number that the library keeps the twenty integers of plan.h under.
         sets: Positions of the parts outside S in memory order, those of size one left out.
+        set_count: How many sets there are.
         params: Positions of the parts along which the parameters vary, in memory order.
     """
 
-    plan: tuple[int, ...]
+    plan: int
     sets: tuple[int, ...]
+    set_count: int
     params: tuple[int, ...]
 
 
@@ -102,7 +107,10 @@ def layout_of(
         step *= shape[i]
         param *= shape[i] if varies[i] else 1
     plan = _plan(_merged(axes[::-1]))
-    return None if plan is None else Layout(plan, tuple(i for i in order if i not in inside), params)
+    if plan is None:
+        return None
+    sets = tuple(i for i in order if i not in inside)
+    return Layout(torch.ops.normscope.plan(plan), sets, math.prod(shape[i] for i in sets), params)
 
 
 def _merged(axes: Sequence[_Axis]) -> list[_Axis]:
@@ -123,9 +131,11 @@ def _plan(axes: list[_Axis]) -> tuple[int, ...] | None:
     across = not inner.inside
     if across:
         column, inner = inner, _ONE
-    elif inner.size < SHORT_RUN and not (outer and outer[-1].inside):
-        across, fold = True, inner.size
-        column = outer.pop() if outer else _ONE
+    elif not (outer and outer[-1].inside):
+        across = inner.size < (SHORT_RUN if any(axis.inside for axis in outer) else TINY_RUN)
+        if across:
+            fold = inner.size
+            column = outer.pop() if outer else _ONE
     rows = [axis for axis in outer if axis.inside]
     tasks = [axis for axis in outer if not axis.inside]
     if len(rows) > 2 or len(tasks) > 3 or (across and any(row.param for row in rows) and (column.param or inner.param)):
@@ -143,29 +153,27 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    moments: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """activation(γ · x̂ + β + residual), and the statistics: high, low, variance and 1/√(σ² + ε), a row each.
+    """activation(γ · x̂ + β + residual), and the statistics: high, low, variance, 1/√(σ² + ε) and count, a row each.
 
     Args:
-        x: float32 or bfloat16, seen through its parts.
+        x: Of one of `DTYPES`, dense; only its memory matters, not its shape.
         layout: What `layout_of` returned.
         formula: The switches and the activation.
-        weight: Of `flat_param`.
-        bias: Of `flat_param`.
+        weight: Of `flat`.
+        bias: Of `flat`.
         residual: Of x's dtype and strides.
-        moments: Given (mean, variance) of `flat_sets`, or None for x's own.
+        mask: Boolean, of x's strides: the cells that count.
+        mean: Given in place of x's own, of `flat`; with var.
+        var: Given, of `flat`.
     """
-    y = torch.empty_like(x)
-    count = 1
-    for i in layout.sets:
-        count *= x.shape[i]
-    statistics = torch.empty(4, count)
-    if moments is not None:
-        statistics[0], statistics[2] = moments
+    y, statistics = torch.empty_like(x), torch.empty(5, layout.set_count)
     torch.ops.normscope.forward.default(
-        x, residual, y, weight, bias, statistics, layout.plan,
-        moments is not None, formula.center, formula.scale, formula.eps, FUSED[formula.activation],
+        x, residual, mask, y, weight, bias, mean, var, statistics, layout.plan, _flags(formula, mean is not None),
+        formula.eps,
     )  # fmt: skip
     return y, statistics
 
@@ -187,6 +195,8 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
     statistics: Tensor,
     *,
     fixed: bool,
@@ -194,16 +204,27 @@ def backward(
     needs_params: bool,
     needs_residual: bool,
 ) -> Gradients:
-    """The gradients; gy has x's dtype and strides, `fixed` says that the moments were given."""
+    """The gradients; gy has x's dtype and strides, `fixed` says that the moments were given, y may gate a ReLU."""
     dx = torch.empty_like(x) if needs_x else None
     dresidual = torch.empty_like(x) if needs_residual else None
     dweight = torch.empty_like(weight) if needs_params and weight is not None else None
     dbias = torch.empty_like(bias) if needs_params and bias is not None else None
     torch.ops.normscope.backward.default(
-        gy, x, residual, dx, dresidual, weight, bias, statistics, dweight, dbias, layout.plan,
-        fixed, formula.center, formula.scale, FUSED[formula.activation],
+        gy, x, residual, y, mask, dx, dresidual, weight, bias, statistics, dweight, dbias, layout.plan,
+        _flags(formula, fixed),
     )  # fmt: skip
     return Gradients(dx, dweight, dbias, dresidual)
+
+
+def update(
+    statistics: Tensor, mean: Tensor, var: Tensor, momentum: float, correction: float, skip_nonfinite: bool
+) -> None:
+    """Move running buffers, one number per set, towards the statistics that `forward` returned."""
+    torch.ops.normscope.update.default(statistics, mean, var, momentum, correction, skip_nonfinite)
+
+
+def _flags(formula: Formula, fixed: bool) -> int:
+    return formula.center | formula.scale << 1 | fixed << 2 | FUSED[formula.activation] << 3
 
 
 def flat(t: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:

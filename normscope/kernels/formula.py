@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Formula"]
 
 
-@dataclass(frozen=True)
-class Formula:
+class Formula(NamedTuple):
     """The constants of one normalization.
 
     Attributes:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from normscope.errors import NormscopeError, ShapeError
 from normscope.functional.core import check_activation
+from normscope.functional.running import recomputing
 
 __all__ = ["Layer", "Lazy", "Tracking", "check_input_dim", "normalizes", "path_of"]
 
@@ -57,8 +58,8 @@ class Tracking(Layer):
         return 1.0 / (self.num_batches_tracked + 1) if counts and self.num_batches_tracked is not None else 0.0
 
     def count_batch(self, counts: bool) -> None:
-        """Count a batch once it has entered; one that raised has not."""
-        if counts and self.num_batches_tracked is not None:
+        """Count a batch once it has entered: not one that raised, nor one that a checkpoint computes again."""
+        if counts and self.num_batches_tracked is not None and not recomputing():
             self.num_batches_tracked.add_(1)
 
 

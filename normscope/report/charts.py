@@ -18,7 +18,7 @@ __all__ = ["Bar", "Chart", "chart_of", "cost_bar", "patient_chart", "shares_char
 MOST_ROWS = 24
 # The doctor looks for the few layers that explain nearly all.
 MOST_SHARES = 8
-# Of the cost; where no layer alone explains more, a chart of shares tells nothing.
+# Of the cost; where no layer carries more, a chart of shares tells nothing.
 LEAST_SHARE = 0.05
 
 
@@ -127,10 +127,10 @@ def _row_bar(row: NormRow, value: float | None, top: float, flagged: bool) -> Ba
 
 
 def shares_chart(record: CheckRecord, finding: Finding) -> Chart | None:
-    """How much of the cost goes away when one layer alone is recalibrated."""
+    """How much of the cost each layer carries."""
     rows = [row for row in record.layers if row.explains is not None and row.name in finding.layers]
     if max((row.explains or 0.0 for row in rows), default=0.0) < LEAST_SHARE:
-        return None  # the layers only help together
+        return None
     rows.sort(key=lambda row: -(row.explains or 0.0))
     top = max(1.0, *(row.explains or 0.0 for row in rows))
     bars = [
@@ -145,9 +145,10 @@ def shares_chart(record: CheckRecord, finding: Finding) -> Chart | None:
         )
         for row in rows[:MOST_SHARES]
     ]
-    worse = " (below 0: alone it makes things worse)" if any((row.explains or 0.0) < 0 for row in rows) else ""
+    worse = " (below 0: it makes things worse)" if any((row.explains or 0.0) < 0 for row in rows) else ""
     return Chart(
-        f"Share of the cost that goes away when this layer alone is recalibrated{worse}",
+        "Share of the cost that a layer carries: the mean of what goes away when it alone is recalibrated "
+        f"and of what stays when all but it are{worse}",
         ("normalizer", "share of the cost"),
         tuple(bars),
         (None,),
@@ -163,7 +164,7 @@ def states_chart(record: CheckRecord, metric: bool) -> Chart | None:
         return None
     low = min(0.0, *(i.value for _, i in known))
     top = max(_finite(i.high, i.value) for _, i in known)
-    percent = metric and words.is_percent(record.cost)
+    percent = metric and (words.is_percent(record.cost) or any(words.is_percent(i) for _, i in known))
     top = 1.0 if percent else top
     name = words.metric_name(record) if metric else "loss"
     better = "higher is better" if metric else "lower is better"

@@ -57,7 +57,7 @@ def render_check(record: CheckRecord, fix: FixRecord | None = None) -> str:
         states=[chart for metric in (True, False) if (chart := charts.states_chart(record, metric))],
         rules=_rules(record),
         command=words.setting(record, "command"),
-        percent=words.is_percent(record.cost),
+        percent=words.is_percent(record.cost) or (fix is not None and words.is_percent(fix.before)),
         json=_embedded(to_json(record)),
     )  # fmt: skip
 
@@ -174,5 +174,6 @@ def _environment() -> jinja2.Environment:
     environment.globals["consequences"] = words.consequences
     environment.globals["share_of"] = words.share
     environment.globals["plural"] = words.plural
+    environment.globals["confirmed"] = words.confirmed
     environment.globals["command_of"] = words.command
     return environment

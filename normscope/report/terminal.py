@@ -49,7 +49,7 @@ def _print(lines: list[Text], console: Console) -> None:
 def _short(record: CheckRecord) -> Iterator[Text]:
     alarms = [f for f in words.causes(record.findings) if f.severity != "I"]
     head = [*_header(record), *_notes(record, 2, 2), Text(), *_scores(record)]
-    foot = list(_footer(record))
+    foot = list(_footer(record, hints=True))
     room = MOST_LINES - len(head) - len(foot)
     yield from head
     for done, finding in enumerate(alarms):
@@ -107,7 +107,7 @@ def _block(record: CheckRecord, finding: Finding) -> list[Text]:
     lines = [_headline(record, finding)]
     lines += [Text(f"    {part}") for part in _wrap(finding.message, 2)]
     lines += [Text(f"    {line}", style="green") for line in _fix_lines(finding)]
-    for child in words.consequences(record.findings, finding):
+    for child in words.descendants(record.findings, finding):
         text = f"      └ consequence: {child.code} {child.name} in {words.fold_layers(child.layers, 32)}"
         lines.append(Text(_cut(text, WIDTH), style="dim"))
     return lines
@@ -137,13 +137,12 @@ def _fix_lines(finding: Finding) -> list[str]:
     return _wrap(f"fix: {words.remedy_line(remedy)}", 2)
 
 
-def _footer(record: CheckRecord) -> Iterator[Text]:
+def _footer(record: CheckRecord, hints: bool) -> Iterator[Text]:
     if not any(f.severity != "I" for f in record.findings):
         yield from (Text(part, style="bold green") for part in textwrap.wrap(words.verdict(record), WIDTH))
-    hints = [f for f in words.causes(record.findings) if f.severity == "I"]
-    if hints:
-        names = ", ".join(f"{f.code} {f.name}" for f in hints)
-        yield Text.assemble(("I", SEVERITY_STYLE["I"]), _cut(f" {len(hints)} more: {names}", WIDTH - 1))
+    more = [f"{f.code} {f.name}" for f in words.causes(record.findings) if f.severity == "I"]
+    if hints and more:
+        yield Text.assemble(("I", SEVERITY_STYLE["I"]), _cut(f" {len(more)} more: {', '.join(more)}", WIDTH - 1))
     if record.reading:
         for part in textwrap.wrap(f"reading: {record.reading}", WIDTH, subsequent_indent="  ", max_lines=2):
             yield Text(part)
@@ -170,9 +169,10 @@ def _everything(record: CheckRecord) -> Iterator[Text]:
     yield from _scores(record)
     for finding in words.causes(record.findings):
         yield from _full_block(record, finding)
+        yield Text()
     yield from _layers(record)
     yield from _unchecked(record)
-    yield from _footer(record)
+    yield from _footer(record, hints=False)
 
 
 def _full_block(record: CheckRecord, finding: Finding, indent: str = "    ") -> Iterator[Text]:
@@ -183,29 +183,32 @@ def _full_block(record: CheckRecord, finding: Finding, indent: str = "    ") -> 
     for fact in finding.facts:
         value = fact.text if fact.value is None else f"{words.number(fact.value)} {fact.text}".rstrip()
         yield from (Text(f"{indent}{part}", style="dim") for part in _wrap(f"{fact.name}: {value}", 4, len(indent) - 4))
+    shown = ""
     for remedy in finding.remedies:
         yield from (
             Text(f"{indent}{part}", style="green")
             for part in _wrap(f"fix: {words.remedy_line(remedy)}", 9, len(indent) - 4)
         )
-        yield from (Text(f"{indent}  {line}", style="green") for line in words.command(record, remedy).splitlines())
+        if remedy.command != shown:  # one command tries the remedies of a rule one after the other
+            yield from (Text(f"{indent}  {line}", style="green") for line in words.command(record, remedy).splitlines())
+        shown = remedy.command
     for child in words.consequences(record.findings, finding):
         yield Text(f"{indent}└ consequence:", style="dim")
         yield from _full_block(record, child, indent + "    ")
-    yield Text()
 
 
 def _layers(record: CheckRecord) -> Iterator[Text]:
     if not record.layers:
         return
-    width = min(34, max(len(row.name) for row in record.layers) + 1)
+    names = [row.name or "(the model itself)" for row in record.layers]
+    width = min(34, max(map(len, names)) + 1)
     yield Text(f"{'layer':{width}}{'mode':>7}{'n':>9}{'δ':>8}{'ρ':>8}{'noise':>8}{'D':>7}  rules", style="bold")
-    for row in record.layers:
+    for name, row in zip(names, record.layers, strict=True):
         numbers = (row.delta, row.rho, row.noise, row.design_effect)
         delta, rho, noise, design = ("–" if value is None else words.number(value) for value in numbers)
         values = "–" if row.values is None else words.number(row.values)
-        name = row.name if len(row.name) < width else f"…{row.name[len(row.name) - width + 2 :]}"
-        cells = f"{name:{width}}{row.mode:>7}{values:>9}{delta:>8}{rho:>8}{noise:>8}{design:>7}  {' '.join(row.codes)}"
+        shown = name if len(name) < width else f"…{name[len(name) - width + 2 :]}"
+        cells = f"{shown:{width}}{row.mode:>7}{values:>9}{delta:>8}{rho:>8}{noise:>8}{design:>7}  {' '.join(row.codes)}"
         yield Text(cells)
     yield Text()
 
@@ -252,17 +255,17 @@ def _proof(record: FixRecord, check: CheckRecord | None) -> Iterator[Text]:
     if record.gain.unit == "loss":
         name = "loss"
     if record.before is not None and record.after is not None:
-        percent = words.is_percent(record.gain)
+        percent = words.is_percent(record.gain) or words.is_percent(record.before)
         change = f"{words.score(record.before, percent)} → {words.score(record.after, percent)}"
         yield Text(f"{name} on split B, which chose the remedies:  {change}")
-    judged = ("confirmed", "bold green") if record.confirmed else ("not confirmed", "bold red")
+    judged = (words.confirmed(record), "bold green" if record.confirmed else "bold red")
     yield Text.assemble(f"gain on split C, which chose nothing:  {words.gained(record.gain)} (99%)  ", judged)
 
 
 def _treatment(word: str, treatment: Treatment, style: str) -> list[Text]:
     gain = f"  {words.gained(treatment.gain)}" if treatment.gain is not None else ""
-    layers = words.fold_layers(treatment.layers, 30)
-    head = f" {treatment.rule} {treatment.remedy.code} [{treatment.remedy.safety}]  {layers}{gain}"
+    head = f" {treatment.rule} {treatment.remedy.code} [{treatment.remedy.safety}]  "
+    head += words.fold_layers(treatment.layers, max(LEAST_LAYERS, min(30, WIDTH - len(word + head + gain)))) + gain
     lines = [Text.assemble((word, style), _cut(head, WIDTH - len(word)))]
     reason = treatment.outcome if word == "skipped" else treatment.remedy.text
     return lines + [Text(f"    {part}") for part in _wrap(reason, 2)]

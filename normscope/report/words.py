@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from normscope.records import CheckRecord, Finding, Interval, Remedy, Status
+from normscope.records import CheckRecord, Finding, FixRecord, Interval, Remedy, Status
 
 __all__ = [
     "SAFETY",
@@ -14,8 +14,10 @@ __all__ = [
     "causes",
     "command",
     "compared",
+    "confirmed",
     "consequences",
     "counts",
+    "descendants",
     "fold_layers",
     "gained",
     "interval",
@@ -92,14 +94,21 @@ def level(found: Interval, percent: bool = False) -> str:
     return f"{score(found, percent)} [{low}, {high}]"
 
 
-def is_percent(cost: Interval | None) -> bool:
-    """Whether a metric is a share of one: its differences are percentage points."""
-    return cost is not None and cost.unit == "pp"
+def is_percent(found: Interval | None) -> bool:
+    """Whether a metric is a share of one, whose differences are percentage points."""
+    return found is not None and found.unit in ("pp", "share")
 
 
 def gained(found: Interval) -> str:
     """A gain with its sign: '+5.5 pp [4.6, 6.4]'."""
     return f"+{interval(found)}" if found.value > 0 else interval(found)
+
+
+def confirmed(fix: FixRecord) -> str:
+    """What split C says about a repair."""
+    if not fix.confirmed:
+        return "not confirmed"
+    return "confirmed" if fix.gain is None or fix.gain.value > 0 else "no clear loss"
 
 
 def plural(count: int, noun: str) -> str:
@@ -144,6 +153,11 @@ def causes(findings: Sequence[Finding]) -> list[Finding]:
 def consequences(findings: Sequence[Finding], cause: Finding) -> list[Finding]:
     """The findings that one finding explains."""
     return sorted((f for f in findings if f.explained_by == cause.code and f.code != cause.code), key=rank)
+
+
+def descendants(findings: Sequence[Finding], cause: Finding) -> list[Finding]:
+    """The findings that one finding explains, each followed by those that it explains."""
+    return [f for child in consequences(findings, cause) for f in (child, *descendants(findings, child))]
 
 
 def counts(record: CheckRecord) -> list[tuple[Status, int]]:
@@ -209,7 +223,8 @@ def compared(record: CheckRecord) -> list[Compared]:
     rows = []
     if now is not None and now.metric is not None:
         best = None if after is None else after.metric
-        rows.append(Compared(metric_name(record), False, is_percent(record.cost), now.metric, best))
+        percent = is_percent(record.cost) or is_percent(now.metric)
+        rows.append(Compared(metric_name(record), False, percent, now.metric, best))
     if now is not None and now.loss is not None:
         rows.append(Compared("loss", True, False, now.loss, None if after is None else after.loss))
     return rows
@@ -230,8 +245,11 @@ def verdict(record: CheckRecord) -> str:
     if record.cost is not None and record.cost.low > 0:
         unit = {"loss": " of loss", "pp": f" of {metric_name(record)}"}.get(record.cost.unit, "")
         return f"Normalization trouble costs {interval(record.cost)}{unit}; the first cause is {place}."
+    troubles = plural(len(causes(alarms)), "trouble")
+    if cause.cost is not None and cause.cost.low > 0:
+        return f"{troubles}; the first costs {interval(cause.cost)}: {place}."
     felt = "without a measured cost" if record.cost is not None else "whose cost was not measured"
-    return f"{plural(len(causes(alarms)), 'trouble')} {felt}; the first is {place}."
+    return f"{troubles} {felt}; the first is {place}."
 
 
 def sentence(text: str) -> str:

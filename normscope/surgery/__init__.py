@@ -4,15 +4,18 @@ One mechanism under every edit: *find* the normalizers, *replace* by reference, 
 bit. Every edit happens wholly or not at all, in place or on a copy, and returns a `Surgery`.
 """
 
+from normscope.surgery.accelerate import accelerate, to_torch
 from normscope.surgery.find import Call, Found, find, paths, trace
 from normscope.surgery.forward import feed, quiet
 from normscope.surgery.freeze import freeze, is_frozen, unfreeze
 from normscope.surgery.operation import Draft, Surgery, operate
+from normscope.surgery.policy import pause_statistics, provisional_statistics
 from normscope.surgery.prove import Proof
 from normscope.surgery.recalibrate import recalibrate
 from normscope.surgery.remedies import absorb_bias, copy_buffers, keep_float32, set_eps, set_momentum
 from normscope.surgery.replace import adopt, exchange, obstacle, replace
 from normscope.surgery.state import Snapshot, reach, state_hash
+from normscope.surgery.synchronize import desynchronize, synchronize
 from normscope.surgery.traits import Trait
 
 __all__ = [
@@ -24,8 +27,10 @@ __all__ = [
     "Surgery",
     "Trait",
     "absorb_bias",
+    "accelerate",
     "adopt",
     "copy_buffers",
+    "desynchronize",
     "exchange",
     "feed",
     "find",
@@ -35,6 +40,8 @@ __all__ = [
     "obstacle",
     "operate",
     "paths",
+    "pause_statistics",
+    "provisional_statistics",
     "quiet",
     "reach",
     "recalibrate",
@@ -42,6 +49,8 @@ __all__ = [
     "set_eps",
     "set_momentum",
     "state_hash",
+    "synchronize",
+    "to_torch",
     "trace",
     "unfreeze",
 ]

@@ -19,7 +19,7 @@ def _training_layers(m: Measurements) -> set[str]:
     return {x.name for x in m.layers if x.training and not x.held and x.kind in ("BatchNorm", "InstanceNorm")}
 
 
-@rule("NRM301", "too-few-values")
+@rule("NRM301", "too-few-values", intents=("bn-frozen-throughout",))
 def too_few(m: Measurements, t: Thresholds) -> Judgement:
     """A statistic over one, two or four values.
 
@@ -29,8 +29,8 @@ def too_few(m: Measurements, t: Thresholds) -> Judgement:
     of two only the order survives: the output is ±γ.
     Threshold: 1 and 2 are errors, up to 4 a warning.
     Evidence: layer, values, which batch.
-    Fixes: drop-last [S3]; bigger-batch [S3]; a normalizer without batch axis there [S2].
-    Intentional when: never.
+    Fixes: drop-last [S3]; bigger-batch [S3]; replace-norm [S2], a normalizer without batch axis.
+    Intentional when: `bn-frozen-throughout`: training does not normalize by the batch, whatever the flags say.
     Known false alarms: a model in evaluation mode is silent; so is a small batch with large maps.
     Fixture: defect: 65 samples in batches of 64, pooling to 1×1 at batch 2; near-miss: the same in evaluation mode.
     """
@@ -55,7 +55,7 @@ def too_few(m: Measurements, t: Thresholds) -> Judgement:
     n, which = found[names[0]]
     grade: Grade = "E" if n <= t.values_error else "W"
     harm = "which raises in training" if n <= 1 else "of which only the order survives" if n <= 2 else "which is noise"
-    reason = f"{which} brings {n:g} values per statistic to {short(names)}, {harm}"
+    reason = f"{which} brings {n:g} value{'' if n == 1 else 's'} per statistic to {short(names)}, {harm}"
     facts: dict[str, float | str] = {"values": n, "batch": which, "batch size": float(m.batch_size)}
     if last is not None:
         facts["last batch"] = float(last)
@@ -72,7 +72,7 @@ def _last_batch(m: Measurements) -> int | None:
     return loader.last if loader.last is not None and loader.last < m.batch_size else None
 
 
-@rule("NRM302", "small-batch-noise", causes=("NRM301", "NRM304"))
+@rule("NRM302", "small-batch-noise", causes=("NRM301", "NRM304"), intents=("bn-frozen-throughout", "ghost-bn"))
 def small_batches(m: Measurements, t: Thresholds) -> Judgement:
     """Batches so small that their statistics are noise.
 
@@ -84,9 +84,10 @@ def small_batches(m: Measurements, t: Thresholds) -> Judgement:
     Threshold: 5 % (about 30 effective values) and 20 % (8); then the loss on batch statistics against recalibrated
     ones.
     Evidence: noise and effective values by layer.
-    Fixes: bigger-batch [S3], SyncBatchNorm; freeze [S1] if pretrained; replace-norm [S2]. Not recal: weights have
-    adapted to the noise.
-    Intentional when: never.
+    Fixes: bigger-batch [S3], SyncBatchNorm; freeze-norms [S2] if pretrained; replace-norm [S2]. New statistics alone do
+    not help: the weights have adapted to the noise.
+    Intentional when: `bn-frozen-throughout`: training does not normalize by the batch, whatever the flags say;
+    `ghost-bn`: the noise is wanted.
     Known false alarms: a model in evaluation mode only evaluates in small batches: information.
     Fixture: defect: batches of 2 from scratch; near-miss: batches of 2 with 128×128 maps, or fully frozen.
     """
@@ -110,7 +111,12 @@ def small_batches(m: Measurements, t: Thresholds) -> Judgement:
     grade = gates.severity(True, True, m.small) or "I"
     if high[names[0]] < t.noise_error:
         grade = lower(grade, "W")
-    return alarm(grade, reason, names, facts, m.small, ("bigger-batch", "freeze-norms", "replace-norm"))
+    return alarm(grade, reason + _priced(m), names, facts, m.small, ("bigger-batch", "freeze-norms", "replace-norm"))
+
+
+def _priced(m: Measurements) -> str:
+    """What the cost of such batches is, which evaluation may not show."""
+    return "" if m.small.cost is None else "; the cost is that of normalizing by such batches, as training does"
 
 
 def _effective(data: Moments) -> float:
@@ -121,7 +127,7 @@ def _effective(data: Moments) -> float:
     return float(np.median(ratio)) if len(ratio) else 0.0
 
 
-@rule("NRM304", "non-iid-batches")
+@rule("NRM304", "non-iid-batches", intents=("bn-frozen-throughout",))
 def grouped(m: Measurements, t: Thresholds) -> Judgement:
     """Samples of a batch resemble each other more than samples of different batches.
 
@@ -133,7 +139,7 @@ def grouped(m: Measurements, t: Thresholds) -> Judgement:
     0.89–1.11.
     Evidence: D by layer.
     Fixes: shuffle [S3]; recal [S1] with shuffled batches.
-    Intentional when: never.
+    Intentional when: `bn-frozen-throughout`: training does not normalize by the batch, whatever the flags say.
     Known false alarms: an ordered evaluation loader with the model in evaluation mode: information.
     Fixture: defect: sorted by label, shuffle=False; near-miss: stratified batches.
     """
@@ -154,9 +160,8 @@ def grouped(m: Measurements, t: Thresholds) -> Judgement:
         grade = gates.severity(True, True, m.small) or "I"
         # In training the grouping enters every update, whatever this pass could show of it.
         grade = "W" if grade == "I" else grade
-        return alarm(
-            grade if d >= t.design_error else lower(grade, "W"), reason, names, facts, m.small, ("shuffle", "recal")
-        )
+        grade = grade if d >= t.design_error else lower(grade, "W")
+        return alarm(grade, reason + _priced(m), names, facts, m.small, ("shuffle", "recal"))
     drifted = m.recalibrated.harmful and any(x.beyond for x in m.drift.values())
     if drifted:
         return alarm(

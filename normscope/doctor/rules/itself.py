@@ -53,8 +53,8 @@ def few_samples(m: Measurements, t: Thresholds) -> Judgement:
         return absent("metric=: one number between 0 and 1 per sample")
     facts = {"samples": float(outcome.samples), "needed": float(m.needed)}
     if outcome.samples >= m.needed:
-        return fine(f"{outcome.samples} samples show a loss of {t.power_effect:g} pp; {m.needed} are needed", facts)
-    reason = f"{outcome.samples} samples; {m.needed} are needed to see a loss of {t.power_effect:g} pp"
+        return fine(f"{outcome.samples:,} samples show a loss of {t.power_effect:g} pp; {m.needed:,} are needed", facts)
+    reason = f"{outcome.samples:,} samples; {m.needed:,} are needed to see a loss of {t.power_effect:g} pp"
     return alarm("I", reason, (), facts, None, ("more-samples",))
 
 

@@ -21,7 +21,8 @@ def batch_dependent(m: Measurements, t: Thresholds) -> Judgement:
     Why it hurts: a forgotten eval(): results depend on batch size and order (ganomaly#83).
     Threshold: more than 10 times the model's own repeat noise and 1e-3 (half precision: 1e-2).
     Evidence: the change, flipped classes, the normalizers, the cost against evaluation mode.
-    Fixes: eval-mode [S3]: eval() in predict; where evaluation mode is worse, see NRM103.
+    Fixes: eval-mode [S3]: eval() in predict; where evaluation mode is worse, see NRM103; give-statistics [S1] where
+    evaluation mode itself uses the batch.
     Intentional when: `gan-batchstats-test`, `transductive-meta`.
     Known false alarms: dropout left on is random, not dependent: its modules are silenced for this measurement.
     Fixture: defect: predict without eval(); near-miss: dropout left on.
@@ -46,7 +47,8 @@ def batch_dependent(m: Measurements, t: Thresholds) -> Judgement:
         facts["a sample alone"] = d.alone
     grade = m.predicted.grade if m.predicted.harmful and m.predicted.grade is not None else "W"
     reason = f"in {d.path} the answer about a sample changes by {d.change:.1%} with its batch: {short(layers)}"
-    return alarm(grade, reason, layers, facts, m.predicted, ("eval-mode", "give-statistics"))
+    remedies = ("eval-mode", "give-statistics") if d.path == "predict" else ("give-statistics",)
+    return alarm(grade, reason, layers, facts, m.predicted, remedies)
 
 
 @rule("NRM203", "half-frozen", intents=("tta-bn/adabn",))
@@ -94,7 +96,7 @@ def half_frozen(m: Measurements, _: Thresholds) -> Judgement:
     return alarm(grade, reason, names, facts, m.recalibrated if drifted else None, remedies)
 
 
-@rule("NRM204", "freeze-does-not-survive-train", causes=("NRM203",))
+@rule("NRM204", "freeze-does-not-survive-train", causes=("NRM203",), intents=("bn-frozen-throughout",))
 def freeze_undone(m: Measurements, _: Thresholds) -> Judgement:
     """Frozen normalizers that the next train() puts back into training mode.
 
@@ -105,7 +107,7 @@ def freeze_undone(m: Measurements, _: Thresholds) -> Judgement:
     Threshold: exact.
     Evidence: the layers.
     Fixes: freeze [S1], which survives train().
-    Intentional when: never.
+    Intentional when: `bn-frozen-throughout`: the loop puts them back itself.
     Known false alarms: a loop that sets the modes itself: pass train_step, which is then asked in place of the
     flags.
     Fixture: defect: eval once in __init__; clean: an override of train(); near-miss: a loop that restores the
@@ -190,7 +192,7 @@ def no_statistics(m: Measurements, _: Thresholds) -> Judgement:
     Why it hurts: eval() changes nothing, answers depend on the batch, and one sample raises (pytorch#156051).
     Threshold: exact.
     Evidence: the layers and calls.
-    Fixes: give-statistics [S1]; a normalizer without batch axis [S2].
+    Fixes: give-statistics [S1]; replace-norm [S2] where it was trained with one sample per batch.
     Intentional when: `transductive-meta`, `gan-batchstats-test`.
     Known false alarms: none: declare the intent.
     Fixture: defect: track_running_stats=False at construction; near-miss: the same with the intent.

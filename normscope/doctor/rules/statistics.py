@@ -44,7 +44,7 @@ def non_finite(m: Measurements, _: Thresholds) -> Judgement:
     if not m.layers:
         return unfit("the model has no normalizers")
     if not bad:
-        return fine(f"statistics and affine parameters of {len(m.layers)} normalizers are finite")
+        return fine("all statistics and affine parameters are finite")
     outcome = m.outcomes.get("eval")
     facts = {"values": float(sum(bad.values())), "layers": float(len(bad))}
     if outcome is not None:
@@ -55,7 +55,12 @@ def non_finite(m: Measurements, _: Thresholds) -> Judgement:
     return alarm("E", reason, names, facts, m.recalibrated, remedies)
 
 
-@rule("NRM102", "statistics-never-tracked", causes=("NRM113", "NRM602"), intents=("caffe-folded-frozenbn",))
+@rule(
+    "NRM102",
+    "statistics-never-tracked",
+    causes=("NRM113", "NRM602"),
+    intents=("caffe-folded-frozenbn", "split-bn"),
+)
 def never_tracked(m: Measurements, _: Thresholds) -> Judgement:
     """Running statistics that still are what the constructor wrote, in a model that was trained.
 
@@ -66,7 +71,8 @@ def never_tracked(m: Measurements, _: Thresholds) -> Judgement:
     Threshold: exact for all channels; a chance coincidence is impossible.
     Evidence: the layers; what evaluation costs against recalibrated statistics.
     Fixes: load the state_dict with its buffers [S3]; copy-buffers [S1] with a reference; recal [S1].
-    Intentional when: `caffe-folded-frozenbn`: identity statistics whose scale lives in γ and β.
+    Intentional when: `caffe-folded-frozenbn`: identity statistics whose scale lives in γ and β; `split-bn`: those of a
+    domain that has not been trained on.
     Known false alarms: a fresh network is silent; one whose β was initialized by hand is told apart by the measured
     cost.
     Fixture: defect: reload only `dict(model.named_parameters())`; near-miss: a fresh network, a folded
@@ -100,7 +106,7 @@ def _trained(layer: Layer) -> bool:
     "NRM103",
     "stale-statistics",
     causes=("NRM101", "NRM102", "NRM104", "NRM106", "NRM113", "NRM203", "NRM205", "NRM302", "NRM304", "NRM602"),
-    intents=("tta-bn/adabn", "supernet", "recalibrating", "gan-batchstats-test"),
+    intents=("tta-bn/adabn", "supernet", "recalibrating", "gan-batchstats-test", "bn-frozen-throughout"),
 )
 def stale(m: Measurements, t: Thresholds) -> Judgement:
     """Running statistics that do not describe the activations of the model as it is.
@@ -115,7 +121,8 @@ def stale(m: Measurements, t: Thresholds) -> Judgement:
     32. Beyond resampled healthy averages (99.9 %, false discoveries 1 %), and felt on split B (99 % interval).
     Evidence: δ and ρ by layer, the cost, the few layers that explain 90 % of it.
     Fixes: recal [S1]; then the cause, which 102, 104, 106, 113, 203 or 602 names.
-    Intentional when: `tta-bn/adabn`, `supernet`, `recalibrating`, `gan-batchstats-test`.
+    Intentional when: `tta-bn/adabn`, `supernet`, `recalibrating`, `gan-batchstats-test`; `bn-frozen-throughout`:
+    statistics of the pretraining, to which the weights have adapted.
     Known false alarms: a loader of other data than the model will meet: that is a shift, not a bug.
     Fixture: defect: running mean of one layer + 0.5 σ; near-miss: + 0.05 σ, or 5 σ where γ ≈ 0.
     """
@@ -154,7 +161,7 @@ def _drift_facts(drifts: dict[str, Drift], m: Measurements) -> dict[str, float |
         "largest share of channels": max(d.share for d in drifts.values()),
     }
     top = sorted(m.shares.items(), key=lambda item: -item[1])[:3]
-    facts |= {f"explained by {name or '(the model itself)'} alone": share for name, share in top}
+    facts |= {f"share of {name or '(the model itself)'}": share for name, share in top}
     if m.estimators > 0.01:
         facts["estimators differ by"] = m.estimators
     return facts
@@ -169,7 +176,8 @@ def not_converged(m: Measurements, t: Thresholds) -> Judgement:
     (keras#10666).
     Threshold: r > 1 % and > 10 %, both only if recalibration gains on split B; 44 batches reach 1 % at momentum
     0.1, 459 at 0.01, 4603 at 0.001.
-    The statistics have to lie on that share of the way to the initial values: momentum may have been changed meanwhile.
+    The statistics have to lie on about that share of the way to the initial values, beyond the noise of such averages:
+    momentum may have been changed meanwhile, or the statistics measured again.
     Evidence: k, momentum, r, how many batches are missing.
     Fixes: recal [S1]; momentum [S1] to 0.1.
     Intentional when: `recalibrating`.
@@ -181,8 +189,8 @@ def not_converged(m: Measurements, t: Thresholds) -> Judgement:
         return unfit("no normalizer counts batches with a momentum")
     residual = {x.name: (1 - (x.momentum or 0.0)) ** (x.seen or 0) for x in known}
     high = {x.name: residual[x.name] for x in known if residual[x.name] > t.residual_warning}
-    # A momentum that was changed on the way counts batches that weighed more: the statistics themselves tell.
-    high = {name: r for name, r in high.items() if _toward_initial(m.layer(name), m) >= r / 2}
+    # Where momentum was changed or statistics were measured again the count says too much: they themselves tell.
+    high = {name: r for name, r in high.items() if _holds_initial(m.layer(name), r, m, t)}
     if not high:
         return fine("the initial values have left the averages", {"largest residual": max(residual.values())})
     names = sorted(high, key=lambda name: -high[name])
@@ -199,18 +207,29 @@ def not_converged(m: Measurements, t: Thresholds) -> Judgement:
     return alarm(grade, reason, names, facts, m.recalibrated, ("recal", "momentum"))
 
 
-def _toward_initial(layer: Layer, m: Measurements) -> float:
-    """How far the statistics lie on the way from the data's to mean 0 and variance 1: 0 there, 1 at the initial values.
+def _holds_initial(layer: Layer, residual: float, m: Measurements, t: Thresholds) -> bool:
+    """Whether the statistics lie on the way from the data's to mean 0 and variance 1 by about that share of it.
 
-    The slope of (running − data) over (initial − data), means in units of σ and variances in units of σ².
+    The share is the slope of (running − data) over (initial − data), means in units of σ and variances in units of σ².
+    It has to be more than the noise of averages, which the same projection of single batches shows: the running one
+    holds about 2/momentum of them, or all that it has seen, and the data's moments k.
     """
     data = m.own.get(layer.name)
     if data is None or layer.mean is None or layer.var is None:
-        return 1.0
+        return True
     spread = data.var + layer.eps
-    off = np.concatenate([(layer.mean - data.mean) / np.sqrt(spread), (layer.var - data.var) / spread])
-    way = np.concatenate([-data.mean / np.sqrt(spread), (1 - data.var) / spread])
-    return float(off @ way / max(float(way @ way), 1e-12))
+
+    def units(mean: Array, var: Array) -> Array:
+        return np.concatenate([mean / np.sqrt(spread), var / spread], axis=-1)
+
+    way = units(-data.mean, 1 - data.var)
+    way /= max(float(way @ way), 1e-12)
+    share = float(units(layer.mean - data.mean, layer.var - data.var) @ way)
+    momentum, k = layer.momentum or 0.1, len(data.means)
+    noise = max(momentum / (2 - momentum), 1 / max(1, layer.seen or 1)) + 1 / k
+    # Of two or three batches Student's distribution allows everything; a tenth of the way is more than noise.
+    reach = min(gates.reach(units(data.means, data.vars) @ way, noise, t), t.residual_error)
+    return share >= max(residual / 2, reach)
 
 
 @rule("NRM106", "momentum-out-of-convention", intents=("momentum-none", "recalibrating"))

@@ -6,7 +6,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <deque>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -75,8 +80,9 @@ Plan read_plan(const std::vector<int64_t>& v) {
 
 int dtype_of(const Tensor& x) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "float32 or bfloat16 only");
-  return type == ScalarType::BFloat16;
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "float32, bfloat16 or float16 only");
+  return type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2;
 }
 
 // The stable API checks nothing: a tensor of another size or dtype would be read past its end.
@@ -85,6 +91,11 @@ void* data(const Tensor& t, const Tensor& x) {
   return t.data_ptr();
 }
 void* data(const Optional& t, const Tensor& x) { return t ? data(*t, x) : nullptr; }
+const uint8_t* booleans(const Optional& t, const Tensor& x) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Bool && t->numel() == x.numel(), "a mask does not match x");
+  return static_cast<const uint8_t*>(t->data_ptr());
+}
 float* numbers(const Tensor& t, int64_t count) {
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() == count && t.is_contiguous(),
                   "numbers must be contiguous float32 of the right count");
@@ -97,43 +108,85 @@ int64_t activation_of(int64_t number) {
   return number;
 }
 
-bool fused(std::vector<int64_t> plan) { return read_plan(plan).fused(); }
+// Plans by number: a call hands over one integer instead of twenty.
+std::mutex plans_mutex;
+std::deque<Plan> plans;  // grows without moving what is there
+std::map<std::vector<int64_t>, int64_t> plan_numbers;
+
+int64_t plan_number(std::vector<int64_t> numbers) {
+  const std::lock_guard<std::mutex> lock(plans_mutex);
+  const auto [place, added] = plan_numbers.try_emplace(numbers, static_cast<int64_t>(plans.size()));
+  if (added) plans.push_back(read_plan(numbers));
+  return place->second;
+}
+Plan plan_of(int64_t number) {
+  const std::lock_guard<std::mutex> lock(plans_mutex);
+  STD_TORCH_CHECK(number >= 0 && number < static_cast<int64_t>(plans.size()), "no such plan");
+  return plans[static_cast<size_t>(number)];
+}
+
+bool fused(int64_t plan) { return plan_of(plan).fused(); }
 
 void check(const Plan& p, const Tensor& x) {
   STD_TORCH_CHECK(p.task_count() * p.row_count() * p.length == x.numel() && x.numel() > 0, "the plan does not match x");
 }
 
-void forward(Tensor x, Optional residual, Tensor y, Optional weight, Optional bias, Tensor statistics,
-             std::vector<int64_t> plan, bool given, bool center, bool scale, double eps, int64_t activation) {
+// The numbers of a call in one integer: centre, scale, given moments that do not depend on x, activation.
+struct Flags {
+  bool center, scale, fixed;
+  int64_t activation;
+  explicit Flags(int64_t bits) : center(bits & 1), scale(bits & 2), fixed(bits & 4), activation(activation_of(bits >> 3)) {}
+};
+
+void forward(Tensor x, Optional residual, Optional mask, Tensor y, Optional weight, Optional bias, Optional mean, Optional var,
+             Tensor statistics, int64_t plan, int64_t bits, double eps) {
+  const Flags flags(bits);
   Forward f;
-  f.plan = read_plan(plan);
+  f.plan = plan_of(plan);
   check(f.plan, x);
-  const int64_t sets = f.plan.task_count() * f.plan.sets_per_task();
-  float* s = numbers(statistics, 4 * sets);
-  f.x = data(x, x), f.residual = data(residual, x), f.y = data(y, x);
-  f.weight = numbers(weight, f.plan.param_count()), f.bias = numbers(bias, f.plan.param_count());
-  f.high = s, f.low = s + sets, f.var = s + 2 * sets, f.rstd = s + 3 * sets;
-  f.given = given, f.center = center, f.scale = scale, f.eps = eps;
-  f.activation = activation_of(activation);
+  const int64_t sets = f.plan.set_count(), count = f.plan.param_count();
+  float* s = numbers(statistics, 5 * sets);
+  f.x = data(x, x), f.residual = data(residual, x), f.y = data(y, x), f.mask = booleans(mask, x);
+  f.weight = numbers(weight, count), f.bias = numbers(bias, count);
+  f.high = s, f.low = s + sets, f.var = s + 2 * sets, f.rstd = s + 3 * sets, f.count = s + 4 * sets;
+  f.given = flags.fixed, f.center = flags.center, f.scale = flags.scale, f.eps = eps, f.activation = flags.activation;
+  if (f.given) {
+    STD_TORCH_CHECK(mean && var, "given moments are a mean and a variance");
+    std::copy_n(numbers(mean, sets), sets, f.high);
+    std::copy_n(numbers(var, sets), sets, f.var);
+  }
   instruction_set().table().forward[dtype_of(x)](f);
 }
 
-void backward(Tensor gy, Tensor x, Optional residual, Optional dx, Optional dresidual, Optional weight, Optional bias,
-              Tensor statistics, Optional dweight, Optional dbias, std::vector<int64_t> plan, bool fixed, bool center,
-              bool scale, int64_t activation) {
+void backward(Tensor gy, Tensor x, Optional residual, Optional y, Optional mask, Optional dx, Optional dresidual, Optional weight,
+              Optional bias, Tensor statistics, Optional dweight, Optional dbias, int64_t plan, int64_t bits) {
+  const Flags flags(bits);
   Backward f;
-  f.plan = read_plan(plan);
+  f.plan = plan_of(plan);
   check(f.plan, x);
-  const int64_t sets = f.plan.task_count() * f.plan.sets_per_task(), count = f.plan.param_count();
-  const float* s = numbers(statistics, 4 * sets);
-  f.gy = data(gy, x), f.x = data(x, x), f.residual = data(residual, x);
+  const int64_t sets = f.plan.set_count(), count = f.plan.param_count();
+  const float* s = numbers(statistics, 5 * sets);
+  f.gy = data(gy, x), f.x = data(x, x), f.residual = data(residual, x), f.y = data(y, x), f.mask = booleans(mask, x);
   f.dx = data(dx, x), f.dresidual = data(dresidual, x);
   f.weight = numbers(weight, count), f.bias = numbers(bias, count);
   f.dweight = numbers(dweight, count), f.dbias = numbers(dbias, count);
-  f.high = s, f.low = s + sets, f.rstd = s + 3 * sets;
-  f.fixed = fixed, f.center = center, f.scale = scale;
-  f.activation = activation_of(activation);
+  f.high = s, f.low = s + sets, f.rstd = s + 3 * sets, f.count = s + 4 * sets;
+  f.fixed = flags.fixed, f.center = flags.center, f.scale = flags.scale, f.activation = flags.activation;
   instruction_set().table().backward[dtype_of(x)](f);
+}
+
+// running ← (1 − momentum)·running + momentum·batch, the variance with the correction m/(m − 1) of a centred one.
+void update(Tensor statistics, Tensor running_mean, Tensor running_var, double momentum, double correction, bool skip_nonfinite) {
+  const int64_t sets = running_mean.numel();
+  const float* s = numbers(statistics, 5 * sets);
+  float *mean = numbers(running_mean, sets), *var = numbers(running_var, sets);
+  const float weight = static_cast<float>(momentum), scale = static_cast<float>(correction);
+  for (int64_t i = 0; i < sets; ++i) {
+    const float batch = s[i] + s[sets + i], spread = s[2 * sets + i] * scale;
+    if (skip_nonfinite && !std::isfinite(batch + spread)) continue;  // an exponential average never loses infinity again
+    mean[i] += weight * (batch - mean[i]);
+    var[i] += weight * (spread - var[i]);
+  }
 }
 
 }  // namespace
@@ -141,22 +194,27 @@ void backward(Tensor gy, Tensor x, Optional residual, Optional dx, Optional dres
 
 STABLE_TORCH_LIBRARY(normscope, m) {
   m.def(
-      "forward(Tensor x, Tensor? residual, Tensor(a!) y, Tensor? weight, Tensor? bias, Tensor(b!) statistics, int[] plan, "
-      "bool given, bool center, bool scale, float eps, int activation) -> ()");
+      "forward(Tensor x, Tensor? residual, Tensor? mask, Tensor(a!) y, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, "
+      "Tensor(b!) statistics, int plan, int flags, float eps) -> ()");
   m.def(
-      "backward(Tensor gy, Tensor x, Tensor? residual, Tensor(a!)? dx, Tensor(b!)? dresidual, Tensor? weight, Tensor? bias, "
-      "Tensor statistics, Tensor(c!)? dweight, Tensor(d!)? dbias, int[] plan, bool fixed, bool center, bool scale, "
-      "int activation) -> ()");
-  m.def("fused(int[] plan) -> bool");
+      "backward(Tensor gy, Tensor x, Tensor? residual, Tensor? y, Tensor? mask, Tensor(a!)? dx, Tensor(b!)? dresidual, "
+      "Tensor? weight, Tensor? bias, Tensor statistics, Tensor(c!)? dweight, Tensor(d!)? dbias, int plan, int flags) -> ()");
+  m.def(
+      "update(Tensor statistics, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float correction, "
+      "bool skip_nonfinite) -> ()");
+  m.def("plan(int[] numbers) -> int");
+  m.def("fused(int plan) -> bool");
   m.def("isa() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(normscope, CPU, m) {
   m.impl("forward", TORCH_BOX(&normscope::forward));
   m.impl("backward", TORCH_BOX(&normscope::backward));
+  m.impl("update", TORCH_BOX(&normscope::update));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(normscope, CompositeExplicitAutograd, m) {
+  m.impl("plan", TORCH_BOX(&normscope::plan_number));
   m.impl("fused", TORCH_BOX(&normscope::fused));
   m.impl("isa", TORCH_BOX(&normscope::isa_level));
 }

@@ -20,6 +20,7 @@ from normscope.doctor.guard import bring_back
 from normscope.doctor.measurements import Layer, Measurements
 from normscope.doctor.patient import Patient
 from normscope.doctor.probe import Callables, Probe
+from normscope.doctor.progress import Progress, Tell
 from normscope.doctor.report import Report, UnhealthyError
 from normscope.doctor.rules import RULES, Judgement, Rule
 from normscope.doctor.thresholds import DEFAULTS
@@ -56,6 +57,7 @@ def check(
     ignore: Iterable[str] | str | None = None,
     budget: float = 60,
     device: str | torch.device | None = None,
+    progress: Tell | None = None,
 ) -> Report:
     """Find normalization trouble, its layers, its cost and its cure. The model is bit for bit the same afterwards.
 
@@ -81,6 +83,8 @@ def check(
         ignore: The same, left out.
         budget: Seconds; fewer samples are taken where it is short.
         device: Where to run; by default where the model is.
+        progress: `progress(done, total, what)`, called after every batch of every pass; the total grows where a search
+            for layers begins, and is 0 before it is known.
 
     Raises:
         ArgumentError: An argument is of the wrong kind, or the model cannot run on the loader's batches.
@@ -99,8 +103,9 @@ def check(
     run, declared = judge.chosen(select, ignore), judge.check_intents(intent)
     place = None if device is None else torch.device(device)
     with _unharmed(model, reference, loader) as (before, home):
+        patient = Patient(model, forward, loss, metric, _device(model, place), progress=Progress(progress))
+        patient.progress.at("reading the loader")
         cache = read(loader, budget * READING)
-        patient = Patient(model, forward, loss, metric, _device(model, place))
         if place is not None:
             model.to(place)
         probe = Probe(patient, home, user, cache, DEFAULTS, SEED, start, budget)
@@ -237,9 +242,8 @@ def _record(
 
 def _score(name: str, m: Measurements) -> Score:
     outcome = m.outcomes[name]
-    metric = None if outcome.metric is None else gates.mean_interval(outcome.metric, "metric")
-    loss = None if outcome.loss is None else level(dataclasses.replace(outcome, metric=None))
-    return Score(name, metric, loss, outcome.samples)
+    metric = None if outcome.metric is None else level(outcome)
+    return Score(name, metric, level(dataclasses.replace(outcome, metric=None)), outcome.samples)
 
 
 def _row(layer: Layer, m: Measurements, findings: tuple[Finding, ...]) -> NormRow:

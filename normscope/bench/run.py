@@ -1,0 +1,185 @@
+"""The whole bench in one run, within its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+import torch
+
+import normscope as ns
+from normscope.bench import architectures, suite, timing
+from normscope.bench.architectures import ARCHITECTURES, LAYOUTS, Architecture
+from normscope.bench.cases import COMPILED, QUICK, SUITE, SWEEP, Case, Norm, select
+from normscope.bench.targets import judge
+from normscope.errors import ArgumentError, DependencyError
+from normscope.records import Benchmark, Machine, ModelSpeed, NormSpeed
+
+__all__ = ["Settings", "run"]
+
+Tell = Callable[[int, int, str], None]
+
+# More rounds would not narrow the intervals by much.
+CASE_SECONDS, MODEL_SECONDS = 5.0, 25.0
+# Of the time, where there are architectures to measure, too.
+CASES_SHARE = 0.5
+# What the first case that torch.compile takes is expected to cost.
+COMPILE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure.
+
+    Attributes:
+        patterns: Names of cases and architectures, with wildcards; empty for all.
+        quick: A spread of cases, and nothing compiled.
+        architectures: Whether to measure whole models, too.
+        device: "cpu" or "cuda".
+        threads: Of torch; None for what it has.
+        seconds: The time for everything.
+    """
+
+    patterns: tuple[str, ...] = ()
+    quick: bool = False
+    architectures: bool = True
+    device: str = "cpu"
+    threads: int | None = None
+    seconds: float = 810.0
+
+
+def run(settings: Settings, *, command: str = "", tell: Tell = lambda *_: None) -> Benchmark:
+    """Measure what the settings ask for.
+
+    Args:
+        settings: What to measure.
+        command: How to repeat it, for the record.
+        tell: Gets (done, total, what) before every case.
+
+    Raises:
+        ArgumentError: Nothing has such a name, or there is no such device.
+        ProofError: A result is wrong.
+    """
+    started, start = datetime.now(timezone.utc), time.perf_counter()
+    end = start + settings.seconds
+    device = _device(settings.device)
+    cases, models = _chosen(settings)
+    bench = _Bench(device, len(cases) + len(models), tell)
+    heap = timing.steady_heap()
+    with _threads(settings.threads) as threads:
+        norms = tuple(
+            bench.cases(cases, start + (CASES_SHARE if models else 1.0) * settings.seconds, not settings.quick)
+        )
+        nets = tuple(bench.models(models, end))
+    del heap
+    return Benchmark(
+        cases=norms,
+        models=nets,
+        targets=judge(norms, nets),
+        notes=bench.all_notes(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        threads=threads,
+        kernels=tuple(f"{backend.name}: {backend.reason}" for backend in ns.backends().usable()),
+        command=command,
+        started=started.isoformat(timespec="seconds"),
+        seconds=time.perf_counter() - start,
+        machine=Machine.measure(("normscope", "torch", "timm")),
+    )
+
+
+def _chosen(settings: Settings) -> tuple[list[Case], list[tuple[Architecture, str]]]:
+    norms = {case.name: case for case in (*SUITE, *SWEEP)}
+    # One layout after the other: if the time is short, every architecture has been measured in one.
+    nets = {a.label(layout): (a, layout) for layout in LAYOUTS for a in ARCHITECTURES if layout in a.layouts}
+    names = list(QUICK if settings.quick and not settings.patterns else norms)
+    names += nets if settings.architectures else []
+    chosen = select(names, settings.patterns)
+    if not chosen:
+        raise ArgumentError(
+            f"nothing is named like {' or '.join(settings.patterns)}",
+            cure=f'names look like "{names[0]}" or "{names[-1]}"; * stands for anything',
+        )
+    return [norms[n] for n in chosen if n in norms], [nets[n] for n in chosen if n in nets]
+
+
+class _Bench:
+    """What is under way: how far it is, and what had to be left out."""
+
+    def __init__(self, device: torch.device, total: int, tell: Tell) -> None:
+        self.device = device
+        self.notes: list[str] = []
+        self._late: list[str] = []
+        self._tell = tell
+        self._done, self._total = 0, total
+
+    def cases(self, chosen: Sequence[Case], end: float, compiles: bool) -> Iterator[NormSpeed]:
+        """Every case, the time that is left divided among those that are left."""
+        to_compile = [case for case in chosen if case.name in COMPILED] if compiles else []
+        reserve = COMPILE_SECONDS
+        for k, case in enumerate(chosen):
+            if not self._begin(case.name, end):
+                continue
+            compiled = None
+            if case in to_compile:
+                before = time.perf_counter()
+                compiled = self._compiled(case)
+                reserve = max(reserve, time.perf_counter() - before)
+                to_compile = to_compile[1:] if compiled else []
+            left = end - time.perf_counter() - reserve * len(to_compile)
+            yield suite.measure(case, min(CASE_SECONDS, left / (len(chosen) - k)), self.device, compiled)
+
+    def _compiled(self, case: Case) -> Norm | None:
+        try:
+            return suite.compile_eager(case, self.device)
+        except Exception as error:  # whatever the compiler's front, middle or back end raises; most often: no compiler
+            self.notes.append(f"torch.compile was not measured: {type(error).__name__}: {str(error).splitlines()[0]}")
+            return None
+
+    def models(self, chosen: Sequence[tuple[Architecture, str]], end: float) -> Iterator[ModelSpeed]:
+        """Every architecture in every layout."""
+        if not chosen:
+            return
+        try:
+            timm = architectures.load_timm()
+        except DependencyError as error:
+            self.notes.append(f"no architectures: {error}")
+            return
+        for k, (architecture, layout) in enumerate(chosen):
+            if self._begin(architecture.label(layout), end):
+                seconds = min(MODEL_SECONDS, (end - time.perf_counter()) / (len(chosen) - k))
+                yield architectures.measure(architecture, layout, timm, seconds, self.device)
+
+    def _begin(self, name: str, end: float) -> bool:
+        self._tell(self._done, self._total, name)
+        self._done += 1
+        if time.perf_counter() < end:
+            return True
+        self._late.append(name)
+        return False
+
+    def all_notes(self) -> tuple[str, ...]:
+        """What was left out and why, a line each."""
+        if not self._late:
+            return tuple(self.notes)
+        names = self._late[0] if len(self._late) == 1 else f"{self._late[0]} … {self._late[-1]}"
+        return (*self.notes, f"{len(self._late)} of {self._total} not measured, the time was over: {names}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("there is no CUDA device here", cure="use --device cpu, or install a torch with CUDA")
+    return torch.device(name)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[int]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,185 @@
+"""Alternatives timed in one loop: what disturbs the machine disturbs all of them.
+
+Every round takes one sample of every alternative, in an order drawn anew, so that each follows each of the others. A
+sample is as many calls as take 200 µs. A round in which any alternative took more than twice its own minimum was
+disturbed, most often by another process on its core, and is repeated. The garbage collector runs between the rounds
+only. What is reported are medians over the rounds, and of ratios the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normscope import statistics
+from normscope.records import Interval
+
+__all__ = ["Call", "Rounds", "clock_of", "interleave", "steady_heap", "wall_clock"]
+
+Call = Callable[[], object]
+Clock = Callable[[Call, int], float]
+
+SAMPLE = 200e-6
+DISTURBED = 2.0
+# Calm rounds: what is aimed at, what ends a case once its time is over, and what is taken whatever they are like.
+MOST_ROUNDS, ENOUGH_ROUNDS, LEAST_ROUNDS = 61, 7, 3
+
+
+# What glibc takes from its heap and not from the system: up to 32 MB less its own bookkeeping.
+HEAP_BLOCK, HEAP_BLOCKS = 31 << 20, 16
+
+
+def steady_heap() -> list[Tensor]:
+    """Bring the allocator into the state of a process that has run for a while, as long as the result is kept.
+
+    Whether glibc serves a tensor of a few MB from pages that it has or from new ones, whose page faults cost more than
+    the arithmetic, depends on what the process did before: the same case took 5 ms or 37. Here blocks of up to 32 MB
+    are there, and cannot be handed back or merged, since small ones that are kept lie between them. Above 32 MB every
+    tensor gets new pages, as it does by default.
+    """
+    torch.empty((32 << 20) - 4096, dtype=torch.uint8)  # freed, it moves the size from which on the system is asked
+    between, blocks = [_touched(1 << 20) for _ in range(8)], []
+    for _ in range(HEAP_BLOCKS):
+        blocks.append(_touched(HEAP_BLOCK))
+        between.append(_touched(1 << 20))
+    return between
+
+
+def _touched(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8).zero_()
+
+
+def wall_clock(call: Call, repeats: int) -> float:
+    """Seconds that some calls take."""
+    calls = range(repeats)
+    start = time.perf_counter()
+    for _ in calls:
+        call()
+    return time.perf_counter() - start
+
+
+def device_clock(call: Call, repeats: int) -> float:
+    """Seconds between two events on the CUDA device, around some calls."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock for calls on a device."""
+    return device_clock if device.type == "cuda" else wall_clock
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds per call of every alternative, in the rounds that were kept.
+
+    Attributes:
+        seconds: Equally many per alternative; one index is one round.
+        dropped: How many rounds were disturbed.
+    """
+
+    seconds: Mapping[str, Sequence[float]]
+    dropped: int
+
+    @property
+    def count(self) -> int:
+        """How many rounds were kept."""
+        return len(next(iter(self.seconds.values())))
+
+    def time(self, name: str) -> Interval:
+        """The median of one alternative, in seconds."""
+        return Interval(*statistics.median_interval(self.seconds[name]), "s")
+
+    def ratio(self, over: str, under: str) -> Interval:
+        """The median of the rounds' ratios of two alternatives."""
+        pairs = zip(self.seconds[over], self.seconds[under], strict=True)
+        return Interval(*statistics.median_interval([a / b for a, b in pairs]))
+
+    def gain(self, before: str, after: str, best: str) -> Interval | None:
+        """The median of the rounds' (before − after)/(before − best); None where best is no better for certain."""
+        if self.ratio(before, best).low <= 1:
+            return None
+        triples = zip(*(self.seconds[name] for name in (before, after, best)), strict=True)
+        return Interval(*statistics.median_interval([(a - b) / (a - c) for a, b, c in triples if a > c]))
+
+
+def interleave(alternatives: Mapping[str, Call], seconds: float, clock: Clock = wall_clock) -> Rounds:
+    """Time alternatives against each other.
+
+    Args:
+        alternatives: What to call, by name.
+        seconds: The time to spend; three times as much where the machine is disturbed, and never less than three
+            rounds.
+        clock: Measures some calls.
+    """
+    names = list(alternatives)
+    generator = torch.Generator().manual_seed(0)
+    with _without_collector() as collect:
+        repeats = {name: _repeats(call, clock) for name, call in alternatives.items()}
+        rounds: list[dict[str, float]] = []
+        start = time.perf_counter()
+        while not _enough(rounds, time.perf_counter() - start, seconds):
+            collect()
+            order = [names[k] for k in torch.randperm(len(names), generator=generator)]
+            rounds.append({name: clock(alternatives[name], repeats[name]) / repeats[name] for name in order})
+    kept = _undisturbed(rounds)
+    return Rounds({name: [r[name] for r in kept] for name in names}, len(rounds) - len(kept))
+
+
+def _enough(rounds: Sequence[Mapping[str, float]], spent: float, seconds: float) -> bool:
+    if len(rounds) < LEAST_ROUNDS:
+        return False
+    calm = len(_calm(rounds))
+    return calm >= MOST_ROUNDS or (spent > seconds and (calm >= ENOUGH_ROUNDS or spent > 3 * seconds))
+
+
+def _undisturbed(rounds: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+    """The calm rounds; where there are next to none, the calmest."""
+    calm = _calm(rounds)
+    return calm if len(calm) >= LEAST_ROUNDS else sorted(rounds, key=_worst(rounds))[:LEAST_ROUNDS]
+
+
+def _calm(rounds: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+    worst = _worst(rounds)
+    return [r for r in rounds if worst(r) <= DISTURBED]
+
+
+def _worst(rounds: Sequence[Mapping[str, float]]) -> Callable[[Mapping[str, float]], float]:
+    """By how much the most disturbed alternative of a round was slower than its own fastest call."""
+    fastest = {name: min(r[name] for r in rounds) for name in rounds[0]}
+    return lambda r: max(r[name] / fastest[name] for name in fastest)
+
+
+def _repeats(call: Call, clock: Clock) -> int:
+    """How many calls make a sample; the first call, which may allocate and choose, does not count."""
+    clock(call, 1)
+    repeats = 1
+    while clock(call, repeats) < SAMPLE:
+        repeats *= 2
+    return repeats
+
+
+@contextmanager
+def _without_collector() -> Iterator[Callable[[], int]]:
+    """The collector off, and what exists now exempt, so that collecting what came since takes microseconds."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()

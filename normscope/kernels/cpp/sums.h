@@ -1,0 +1,321 @@
+// What both loop orders share: memory, moments, the line of the forward pass, the slope of the backward pass.
+//
+// Included inside the namespace of an instruction set by bodies.h.
+
+constexpr int64_t kSegment = 2048;  // cells per inner loop: 8 KB, three of them in L1
+
+struct Free {
+#ifdef _WIN32
+  void operator()(void* p) const { _aligned_free(p); }
+#else
+  void operator()(void* p) const { std::free(p); }
+#endif
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> buffer(int64_t count) {  // on a cache line's boundary: vectors never straddle two
+  const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) & ~size_t{63};
+#ifdef _WIN32
+  return Buffer<T>(static_cast<T*>(_aligned_malloc(bytes, 64)));
+#else
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, bytes)));
+#endif
+}
+template <class T>
+Buffer<T> zeros(int64_t count) {
+  auto b = buffer<T>(count);
+  std::memset(b.get(), 0, static_cast<size_t>(std::max<int64_t>(count, 0)) * sizeof(T));
+  return b;
+}
+
+// How z becomes y: nothing, a ReLU in the same loop, or a function over a run of z in cache.
+enum class Act { none, relu, table };
+
+template <class F>
+void map(float* __restrict z, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) z[i] = F::value(z[i]);
+}
+template <class F>
+void chain(const float* __restrict z, float* __restrict g, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) g[i] *= F::slope(z[i]);
+}
+
+struct Function {
+  void (*map)(float* z, int64_t n);                    // z ← f(z)
+  void (*chain)(const float* z, float* g, int64_t n);  // g ← g · f′(z)
+};
+
+// In the order of `FUSED` in cpu.py; the first is no activation, the second runs in the loops.
+constexpr Function kActivations[] = {
+    {nullptr, nullptr},
+    {nullptr, nullptr},
+    {map<Relu6>, chain<Relu6>},
+    {map<LeakyRelu>, chain<LeakyRelu>},
+    {map<Elu>, chain<Elu>},
+    {map<Silu>, chain<Silu>},
+    {map<Gelu>, chain<Gelu>},
+    {map<GeluTanh>, chain<GeluTanh>},
+    {map<Mish>, chain<Mish>},
+    {map<Sigmoid>, chain<Sigmoid>},
+    {map<Tanh>, chain<Tanh>},
+    {map<Hardswish>, chain<Hardswish>},
+    {map<Hardsigmoid>, chain<Hardsigmoid>},
+};
+static_assert(sizeof(kActivations) / sizeof(kActivations[0]) == kActivationCount);
+
+inline Act act_of(int64_t activation) { return activation == 0 ? Act::none : activation == 1 ? Act::relu : Act::table; }
+
+// Calls f with the kind of activation as a constant.
+template <class F>
+void with_act(int64_t activation, F&& f) {
+  switch (act_of(activation)) {
+    case Act::none: return f(std::integral_constant<Act, Act::none>{});
+    case Act::relu: return f(std::integral_constant<Act, Act::relu>{});
+    case Act::table: return f(std::integral_constant<Act, Act::table>{});
+  }
+}
+
+struct Sums {
+  double first = 0, second = 0, count = 0;
+  void operator+=(const Sums& o) { first += o.first, second += o.second, count += o.count; }
+};
+
+struct Moments {
+  float high, low, var, rstd;
+};
+
+inline Moments moments(double mean, double var, double eps, bool scale) {
+  var = var < 0 ? 0 : var;  // NaN passes
+  const float high = static_cast<float>(mean);
+  const float low = std::isfinite(high) ? static_cast<float>(mean - high) : 0.f;
+  return {high, low, static_cast<float>(var), scale ? static_cast<float>(1 / std::sqrt(var + eps)) : 1.f};
+}
+
+// A first guess of the mean that lies outside by many σ costs digits of the variance: sum again from the mean found.
+inline bool off_centre(double mean, double square) { return mean * mean > 4 * (square - mean * mean); }
+
+struct Line {  // z = (x − high)·factor + shift
+  float high, factor, shift;
+};
+
+inline Line line(float high, float low, float rstd, bool center, float weight, float bias) {
+  const float factor = rstd * weight;
+  return {center ? quiet(high) : 0.f, quiet(factor), quiet((center ? -low * factor : 0.f) + bias)};
+}
+
+struct Slope {  // dx = g·a + (x − high)·b + c
+  float a, b, c;
+};
+
+inline Slope slope(const Backward& f, double low, double rstd, double set_g, double set_gx, double cells) {
+  if (f.fixed) return {static_cast<float>(rstd), 0, 0};
+  const double b = f.scale ? -set_gx / cells * rstd * rstd : 0;
+  const double c = f.center ? -set_g / cells * rstd - b * low : 0;
+  return {static_cast<float>(rstd), static_cast<float>(b), static_cast<float>(c)};
+}
+
+// Σ value(i) over i < n, in lanes.
+template <class F>
+NORMSCOPE_INLINE double sum_of(int64_t n, F&& value) {
+  double lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int64_t j = 0; j < 8; ++j) lanes[j] += value(i + j);
+  for (int64_t j = 0; i + j < n; ++j) lanes[j] += value(i + j);
+  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+}
+
+// Partial gradients of the parameters, added up in order at the end.
+struct ParamSums {
+  int64_t units, size;
+  Buffer<float> weight, bias;
+  ParamSums(int64_t u, int64_t n, bool on) : units(on ? u : 0), size(n), weight(zeros<float>(units * n)), bias(zeros<float>(units * n)) {}
+
+  // base(unit) is the place of a unit's first number among `total`, and place(parameter) that of a parameter.
+  template <class Base, class Place>
+  void into(const Backward& f, int64_t params, int64_t total, Base&& base, Place&& place) const {
+    if (!units) return;
+    auto w = zeros<double>(total), b = zeros<double>(total);
+    for (int64_t u = 0; u < units; ++u) {
+      const int64_t at = base(u), n = std::min(size, total - at);
+      const float *from_w = weight.get() + u * size, *from_b = bias.get() + u * size;
+      double *__restrict to_w = w.get() + at, *__restrict to_b = b.get() + at;
+      for (int64_t j = 0; j < n; ++j) to_w[j] += from_w[j], to_b[j] += from_b[j];
+    }
+    for (int64_t j = 0; j < params; ++j) {
+      if (f.dweight) f.dweight[j] = static_cast<float>(w[place(j)]);
+      if (f.dbias) f.dbias[j] = static_cast<float>(b[place(j)]);
+    }
+  }
+};
+
+// One thread's share of tasks whose slabs stay in cache. Small ones go together, so that the roots and divisions of one
+// overlap with those of the next; the second sweep goes backwards: what the first has read last is still in cache.
+template <class Prepare, class Statistics, class Finish, class Apply>
+void sweep_in_cache(int64_t begin, int64_t end, int64_t blocks, int64_t cells, Prepare& prepare, Statistics& statistics,
+                    Finish& finish, Apply& apply) {
+  const int64_t together = std::clamp<int64_t>(4 * kSegment / std::max<int64_t>(cells, 1), 1, 64);
+  for (int64_t first = begin; first < end; first += together) {
+    const int64_t last = std::min(end, first + together);
+    for (int64_t t = first; t < last; ++t) prepare(t);
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t b = 0; b < blocks; ++b) statistics(t, b);
+    for (int64_t t = first; t < last; ++t) finish(t);
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t b = blocks - 1; b >= 0; --b) apply(t, b);
+  }
+  finish_streams();
+}
+
+// Runs prepare, statistics, finish and apply so that a task whose slab stays in cache is finished by one thread, and a
+// large one is shared.
+template <class Prepare, class Statistics, class Finish, class Apply>
+void sweep(const Plan& p, int64_t tasks, int64_t blocks, int64_t cells, Prepare&& prepare, Statistics&& statistics,
+           Finish&& finish, Apply&& apply) {
+  if (p.fused(tasks, cells)) {
+    auto body = [&](int64_t begin, int64_t end) { sweep_in_cache(begin, end, blocks, cells, prepare, statistics, finish, apply); };
+    parallel_for(tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(cells, 1)), body);
+    return;
+  }
+  const int64_t grain = std::max<int64_t>(1, kGrain * blocks / std::max<int64_t>(cells, 1));
+  auto before = [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) prepare(t);
+  };
+  auto first = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) statistics(i / blocks, i % blocks);
+  };
+  auto middle = [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) finish(t);
+  };
+  auto last = [&](int64_t begin, int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i) apply(i / blocks, i % blocks);
+    finish_streams();
+  };
+  const int64_t few = std::max<int64_t>(1, kGrain / std::max<int64_t>(cells / blocks, 1));
+  parallel_for(tasks, few, before);
+  parallel_for(tasks * blocks, grain, first);
+  parallel_for(tasks, few, middle);
+  parallel_for(tasks * blocks, grain, last);
+}
+
+// Whether y, of so many bytes, is written past the caches: worth it where it would push out what is still to be read,
+// not on fresh pages, which the kernel has just put into the cache (mappings from 32 MB on).
+inline bool streams(int64_t bytes) { return bytes >= kStreamFrom && bytes < (int64_t{32} << 20); }
+inline bool on_a_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
+// What of x, upstream gradient and residual lies at some offset.
+template <class T>
+struct ForwardTensors {
+  const T *x, *residual;
+  const uint8_t* mask;
+  T* y;
+  bool streamed;
+  explicit ForwardTensors(const Forward& f)
+      : x(static_cast<const T*>(f.x)), residual(static_cast<const T*>(f.residual)), mask(f.mask), y(static_cast<T*>(f.y)),
+        streamed(!std::is_same_v<T, F16> && streams(f.plan.numel() * static_cast<int64_t>(sizeof(T)))) {}
+};
+template <class T>
+struct BackwardTensors {
+  const T *x, *gy, *residual, *y;
+  const uint8_t* mask;
+  T *dx, *dresidual;
+  bool streamed;
+  explicit BackwardTensors(const Backward& f)
+      : x(static_cast<const T*>(f.x)), gy(static_cast<const T*>(f.gy)), residual(static_cast<const T*>(f.residual)),
+        y(static_cast<const T*>(f.y)), mask(f.mask), dx(static_cast<T*>(f.dx)), dresidual(static_cast<T*>(f.dresidual)),
+        streamed(!std::is_same_v<T, F16> && streams(f.plan.numel() * static_cast<int64_t>(sizeof(T)))) {}
+};
+
+// y of one run: z(first cell, cells) computes γ·x̂ + β of a step.
+template <Act act, class T, class Z>
+NORMSCOPE_INLINE void write_run(const Forward& f, const ForwardTensors<T>& t, int64_t offset, int64_t n, Z&& z_of) {
+  const T* residual = t.residual ? t.residual + offset : nullptr;
+  const uint8_t* mask = t.mask ? t.mask + offset : nullptr;
+  T* y = t.y + offset;
+  auto z_and_residual = [&](int64_t i, auto cells) __attribute__((always_inline)) {
+    W z = z_of(i, cells);
+    if (residual) z += cells.load(residual + i);
+    return z;
+  };
+  auto finished = [&](int64_t i, auto cells, W z) __attribute__((always_inline)) { return mask ? z & cells.mask(mask + i) : z; };
+  const bool streamed = t.streamed && on_a_line(y);
+  if constexpr (act == Act::table) {
+    alignas(64) float z[kSegment];
+    steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) { put(z + i, z_and_residual(i, cells)); });
+    kActivations[f.activation].map(z, padded(n));
+    steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+      cells.store(y + i, finished(i, cells, get(z + i)), streamed);
+    });
+  } else {
+    steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+      W z = z_and_residual(i, cells);
+      if constexpr (act == Act::relu) z = relu(z);
+      cells.store(y + i, finished(i, cells, z), streamed);
+    });
+  }
+}
+
+// x and the gradient of z of some runs side by side, step by step: each(first cell, cells, visit), where visit(row, body) calls
+// body(x, g).
+template <Act act, int rows, class T, class Z, class Each>
+NORMSCOPE_INLINE void read_runs(const Backward& f, const BackwardTensors<T>& t, const int64_t* offsets, int64_t n, Z&& z_of, Each&& each_step) {
+  const T *x = t.x, *gy = t.gy, *residual = t.residual, *y = t.y;
+  const uint8_t* mask = t.mask;
+  // A masked cell may hold anything; 0·NaN is NaN, so both factors are cleared.
+  auto masked = [&](int64_t at, auto cells, W v) __attribute__((always_inline)) { return mask ? v & cells.mask(mask + at) : v; };
+  auto z_at = [&](int64_t at, int64_t i, auto cells, W v) __attribute__((always_inline)) {
+    W z = z_of(i, v);
+    if (residual) z += masked(at, cells, cells.load(residual + at));
+    return z;
+  };
+  if constexpr (act == Act::table) {
+    alignas(64) float z[kSegment], g[rows][kSegment];
+    for (int r = 0; r < rows; ++r) {
+      steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+        const int64_t at = offsets[r] + i;
+        put(z + i, z_at(at, i, cells, masked(at, cells, cells.load(x + at))));
+        put(g[r] + i, masked(at, cells, cells.load(gy + at)));
+      });
+      kActivations[f.activation].chain(z, g[r], padded(n));
+    }
+    steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+      each_step(i, cells, [&](int r, auto&& body) __attribute__((always_inline)) {
+        body(masked(offsets[r] + i, cells, cells.load(x + offsets[r] + i)), get(g[r] + i));
+      });
+    });
+  } else {
+    steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+      each_step(i, cells, [&](int r, auto&& body) __attribute__((always_inline)) {
+        const int64_t at = offsets[r] + i;
+        const W v = masked(at, cells, cells.load(x + at));
+        W g = masked(at, cells, cells.load(gy + at));
+        if constexpr (act == Act::relu) g = gate(g, y ? cells.load(y + at) : z_at(at, i, cells, v));
+        body(v, g);
+      });
+    });
+  }
+}
+
+// The same of one run: each(first cell, cells, x, g).
+template <Act act, class T, class Z, class Each>
+NORMSCOPE_INLINE void read_run(const Backward& f, const BackwardTensors<T>& t, int64_t offset, int64_t n, Z&& z_of, Each&& each_step) {
+  read_runs<act, 1>(f, t, &offset, n, z_of, [&](int64_t i, auto cells, auto&& visit) __attribute__((always_inline)) {
+    visit(0, [&](const W& x, const W& g) __attribute__((always_inline)) { each_step(i, cells, x, g); });
+  });
+}
+
+// dx and the residual's gradient of one run: dx_of(first cell, cells, x, g) computes dx of a step.
+template <Act act, class T, class Z, class Dx>
+NORMSCOPE_INLINE void write_gradients(const Backward& f, const BackwardTensors<T>& t, int64_t offset, int64_t n, Z&& z_of, Dx&& dx_of) {
+  T *dx = t.dx ? t.dx + offset : nullptr, *dresidual = t.dresidual ? t.dresidual + offset : nullptr;
+  const uint8_t* mask = t.mask ? t.mask + offset : nullptr;
+  const bool streamed = t.streamed && dx && on_a_line(dx);
+  read_run<act>(f, t, offset, n, z_of, [&](int64_t i, auto cells, const W& x, const W& g) __attribute__((always_inline)) {
+    if (dresidual) cells.store(dresidual + i, g, false);
+    if (!dx) return;
+    const W d = dx_of(i, x, g);
+    cells.store(dx + i, mask ? d & cells.mask(mask + i) : d, streamed);
+  });
+}

@@ -1,0 +1,351 @@
+"""Flows: what a module's forward computes, traced, with all that must hold for the trace to be true.
+
+torch.fx traces one module at a time, with every module that it calls as a leaf (a Sequential is looked into): a
+network whose top cannot be traced still has blocks that can. A trace is one path through the code, with all that is no
+tensor baked in and every context left out. So it counts only if the code asks for nothing that cannot be recorded: the
+trace is repeated under other modes of gradients and autocast, in training and evaluation; the code must change no such
+mode, draw no random number and keep no state; plain attributes that it reads and the kinds of its arguments become
+conditions. What remains is outside of the model: global variables, and what is printed.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import enum
+import inspect
+import operator
+import random
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import Module
+
+from normscope.surgery.fused import Path, at, unhooked
+from normscope.surgery.traits import base_of
+
+__all__ = ["IN_PLACE", "Flow", "UntraceableError", "flows_of", "is_plain_sequential", "options_of", "path_of"]
+
+
+class UntraceableError(Exception):
+    """A forward that a trace cannot represent; the message says why."""
+
+
+# What every module has, and a module's code reads only through functions of torch.
+_REGISTERED = frozenset(vars(Module())) - {"training"}
+_CONSTANTS = (
+    bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
+    types.FunctionType, types.BuiltinFunctionType, type, enum.Enum,
+)  # fmt: skip
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, _CONSTANTS) or (isinstance(value, tuple) and all(map(_is_constant, value)))
+
+
+def options_of(module: Module) -> dict[str, Any]:
+    """The plain attributes of a module that can only change by being set, its mode aside."""
+    held = vars(module)
+    return {name: held[name] for name in held.keys() - _REGISTERED - {"training"} if _is_constant(held[name])}
+
+
+def is_plain_sequential(module: Module) -> bool:
+    """Whether a module calls its children in order and does nothing else."""
+    return base_of(type(module)).forward is nn.Sequential.forward
+
+
+class _Value(fx.Proxy):
+    """A traced value that notices when code asks for its type, and records x += y, which torch.fx reads as x + y."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return cast(_Tracer, self.tracer).kind_of(self.node)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+def _recorded_in_place(function: Callable[..., Any]) -> Callable[[_Value, Any], fx.Proxy]:
+    return lambda value, other: value.tracer.create_proxy("call_function", function, (value, other), {})
+
+
+IN_PLACE = {getattr(operator, name) for name in fx.graph.inplace_methods}
+for _function in IN_PLACE - {operator.setitem}:
+    setattr(_Value, f"__{_function.__name__}__", _recorded_in_place(_function))
+
+
+class _Tracer(fx.Tracer):
+    """Traces one module's forward, every module that it calls a leaf.
+
+    Args:
+        owner: The module.
+        optional: Trace arguments that have a default, too; without it they have the default.
+        kind: What an argument answers to isinstance: Tensor or list.
+    """
+
+    proxy_buffer_attributes = True
+    trace_asserts = True
+
+    def __init__(self, owner: Module, optional: bool, kind: type) -> None:
+        super().__init__()
+        self.optional, self.kind = optional, kind
+        self.names = {module: tuple(name.split(".")) if name else () for name, module in owner.named_modules()}
+        self.reads: dict[tuple[Path, str], Any] = {}
+        self.defaults: dict[str, Any] = {}
+        self.accepts: list[str] = []
+        self.asked: set[str] = set()
+        self.inlined: dict[Path, None] = {}
+        self.refused: UntraceableError | None = None
+        self.modes, self.inside = _modes(), False
+        with self._reading():
+            self.trace(owner)
+        if self.refused is not None:  # and the code has caught it
+            raise self.refused
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Give up."""
+        self.refused = self.refused or UntraceableError(reason)
+        raise self.refused
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Note every plain attribute of a module that is read; for all modules, as torch.fx does it with calls."""
+
+        def getattribute(module: Module, name: str) -> Any:
+            value = object.__getattribute__(module, name)
+            if name in ("_parameters", "_buffers"):
+                if not self.inside:  # the dtype of a parameter, say, which is another after half()
+                    self.refuse("it goes through its parameters")
+            elif name not in _REGISTERED and name in object.__getattribute__(module, "__dict__"):
+                self._read(module, name, value)
+            return value
+
+        Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            del Module.__getattribute__
+
+    def _read(self, module: Module, name: str, value: Any) -> None:
+        if not _is_constant(value):
+            self.refuse(f"it reads {name!r}, a {type(value).__name__}, which may change without notice")
+        if module not in self.names:
+            self.refuse(f"it reads {name!r} of a module that it does not hold")
+        self.reads[self.names[module], name] = value
+
+    def create_args_for_root(self, root_fn: Any, *_: Any) -> tuple[Any, list[Any]]:
+        """Make the arguments that have no default, or all."""
+        values = []
+        for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            if parameter.kind is parameter.POSITIONAL_ONLY:
+                self.refuse("it takes positional-only arguments")
+            required = parameter.default is parameter.empty
+            if required or self.optional:
+                default = () if required else (parameter.default,)
+                values.append(self.create_proxy("placeholder", parameter.name, default, {}))
+                self.accepts.append(parameter.name)
+            if not required:
+                self.defaults[parameter.name] = parameter.default
+        names = tuple(self.accepts)
+        return lambda *traced: root_fn(self.root, **dict(zip(names, traced, strict=True))), values
+
+    def is_leaf_module(self, m: Module, _: str) -> bool:
+        """Look into a plain Sequential only."""
+        if not is_plain_sequential(m) or not unhooked(m):
+            return True
+        self.inlined[self.names[m]] = None
+        return False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Wrap a node."""
+        return _Value(node, self)
+
+    def kind_of(self, node: fx.Node) -> type:
+        """What a value answers to isinstance."""
+        if node.op != "placeholder":
+            self.refuse("it asks for the type of a value that it has computed")
+        self.asked.add(cast(str, node.target))
+        return self.kind
+
+    def create_arg(self, a: Any) -> Any:
+        """As in torch.fx, without asking a traced value for its type."""
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        with self._torch_inside():
+            return super().create_arg(a)
+
+    def getattr(self, *args: Any) -> Any:
+        """As in torch.fx, which looks for the name of a parameter."""
+        with self._torch_inside():
+            return super().getattr(*args)
+
+    @contextlib.contextmanager
+    def _torch_inside(self) -> Iterator[None]:
+        before, self.inside = self.inside, True
+        try:
+            yield
+        finally:
+            self.inside = before
+
+    def get_fresh_qualname(self, _: str) -> str:
+        """Refuse where torch.fx would store a tensor in the module."""
+        self.refuse("it makes a tensor from nothing but numbers or parameters")
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuse what runs in a context, of which a trace knows nothing."""
+        if _modes() != self.modes:
+            self.refuse("a part of it runs under modes of its own: gradients, autocast or checkpointing")
+        return super().create_node(*args, **kwargs)
+
+    def to_bool(self, _: fx.Proxy) -> bool:
+        """Refuse to choose a branch by a value."""
+        self.refuse("it chooses between branches by the value of a tensor")
+
+
+def _modes() -> tuple[Any, ...]:
+    autocast = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, hooks
+
+
+@contextlib.contextmanager
+def _other_modes() -> Iterator[None]:
+    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    with torch.no_grad():
+        try:
+            for device, enabled in before.items():
+                torch.set_autocast_enabled(device, not enabled)
+            yield
+        finally:
+            for device, enabled in before.items():
+                torch.set_autocast_enabled(device, enabled)
+
+
+@contextlib.contextmanager
+def _held(owner: Module) -> Iterator[None]:
+    """Refuse a forward that changes modules or draws random numbers while it is traced; take back what it did."""
+    modules = [module for module in owner.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    training = [module.training for module in modules]
+    parts = [part for m in modules for part in (vars(m), m._parameters, m._buffers, m._modules)]
+    before, drawn, reason = [dict(part) for part in parts], _random_states(), None
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            vars(module)["training"] = mode
+        for part, was in zip(parts, before, strict=True):
+            if part.keys() != was.keys() or any(part[key] is not was[key] for key in was):
+                reason = "it keeps a state of its own"
+                part.clear()
+                part.update(was)
+        if _random_states() != drawn:
+            reason = "it draws random numbers to decide what it does"
+            random.setstate(drawn[0])
+            np.random.set_state(drawn[1])  # noqa: NPY002
+            torch.set_rng_state(torch.frombuffer(bytearray(drawn[2]), dtype=torch.uint8))
+    if reason is not None:
+        raise UntraceableError(reason)
+
+
+def _random_states() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), (name, tuple(keys), *rest), torch.get_rng_state().numpy().tobytes()
+
+
+@dataclass(eq=False)
+class Flow:
+    """One path through a module's forward.
+
+    Attributes:
+        owner: The module.
+        graph: What it computes.
+        accepts: The arguments it can be called with.
+        arguments: What arguments must be.
+        attributes: What plain attributes must be.
+        inlined: The Sequentials that the path goes through.
+    """
+
+    owner: Module
+    graph: fx.Graph
+    accepts: tuple[str, ...]
+    arguments: dict[str, type]
+    attributes: dict[tuple[Path, str], Any]
+    inlined: tuple[Path, ...]
+
+    def module(self, node: fx.Node) -> Module | None:
+        """The module that a node calls."""
+        return at(self.owner, path_of(node)) if node.op == "call_module" else None
+
+    def calls(self) -> collections.Counter[Module]:
+        """How often each module is called."""
+        return collections.Counter(m for node in self.graph.nodes if (m := self.module(node)) is not None)
+
+
+def path_of(node: fx.Node) -> Path:
+    """The path of the module that a node calls."""
+    return tuple(cast(str, node.target).split("."))
+
+
+def flows_of(owner: Module) -> list[Flow]:
+    """The paths through a forward: in training and evaluation, and for tensors and lists where it asks what it got.
+
+    Raises:
+        UntraceableError: They cannot be known.
+    """
+    flows = []
+    with _held(owner), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for training in (True, False):
+            for module in owner.modules():
+                vars(module)["training"] = training
+            flow, asked = _flow(owner, Tensor)
+            flows.append(flow)
+            if asked:
+                flows.append(_flow(owner, list)[0])
+    return flows
+
+
+def _flow(owner: Module, kind: type) -> tuple[Flow, bool]:
+    try:
+        with torch.enable_grad():
+            tracer = _Tracer(owner, False, kind)
+        with _other_modes():
+            other = _Tracer(owner, False, kind)
+    except UntraceableError:
+        raise
+    except Exception as error:
+        raise UntraceableError((str(error) or type(error).__name__).splitlines()[0].split(". ")[0]) from error
+    if _signature(other) != _signature(tracer):
+        raise UntraceableError("it asks whether gradients or autocast are on")
+    reads = tracer.reads | other.reads
+    if tracer.defaults:
+        # Arguments with a default that are merely passed on may have any value.
+        with contextlib.suppress(Exception), torch.enable_grad():
+            other = _Tracer(owner, True, kind)
+            if _signature(other) == _signature(tracer) and not other.asked - tracer.asked:
+                tracer, reads = other, reads | other.reads
+    required = [name for name in tracer.accepts if name not in tracer.defaults]
+    arguments = {name: kind if name in tracer.asked else object for name in required}
+    return Flow(owner, tracer.graph, tuple(tracer.accepts), arguments, reads, tuple(tracer.inlined)), bool(tracer.asked)
+
+
+def _signature(tracer: _Tracer) -> list[Any]:
+    """A graph without the names of its nodes, arguments at their defaults."""
+    numbers: dict[fx.Node, Any] = {}
+    rows: list[Any] = []
+    for node in tracer.graph.nodes:
+        if node.op == "placeholder":
+            numbers[node] = tracer.defaults.get(node.target, ("argument", node.target))
+        else:
+            numbers[node] = ("value", len(rows))
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+            rows.append((node.op, node.target, args, kwargs))
+    return rows

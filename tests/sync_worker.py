@@ -1,0 +1,499 @@
+"""What `test_sync.py` runs on every rank: torchrun --nproc-per-node 4 sync_worker.py FOLDER, one report per rank."""
+
+import contextlib
+import copy
+import json
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import normscope as ns
+from normscope import oracle
+from normscope.nn import SyncBatchNorm, collective
+from normscope.surgery import keep_float32
+
+BATCHES = (5, 1, 0, 7)
+C = 6
+CHECKS = []
+
+
+def check(function):
+    CHECKS.append(function)
+    return function
+
+
+def rank():
+    return dist.get_rank()
+
+
+def share(t):
+    """This rank's samples of a tensor that holds all ranks'."""
+    return torch.split(t, list(BATCHES))[rank()]
+
+
+def whole(*shape, seed=0, dtype=torch.float64, offset=0.0):
+    """The same numbers on every rank; small dyadic steps where they are far off centre, so that they are exact."""
+    x = torch.randn(sum(BATCHES), *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (torch.round(x * 256) / 256 + offset).to(dtype)
+
+
+def everyone(t):
+    """The tensors of all ranks."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, t.detach())
+    return gathered
+
+
+def put_together(t):
+    return torch.cat(everyone(t))
+
+
+def total(t):
+    return sum(everyone(t))
+
+
+def error(mine, truth):
+    mine, truth = mine.detach().double().numpy(), np.asarray(truth)
+    assert mine.shape == truth.shape
+    return float(np.abs(mine - truth).max() / max(np.abs(truth).max(), 1e-300))
+
+
+def layer_of(cls, dtype, **options):
+    layer = cls(C, dtype=dtype, **options)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(4)
+        for p in layer.parameters():
+            p.copy_(torch.rand(C, generator=generator, dtype=torch.float64) + 0.5)
+    return layer
+
+
+def step(layer, x, residual, mask, gy):
+    """Output, gradients and buffers of one training step."""
+    x, residual = x.clone().requires_grad_(), None if residual is None else residual.clone().requires_grad_()
+    y = layer(x, residual, mask)
+    y.backward(gy)
+    gradients = {"input": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
+    if residual is not None:
+        gradients["residual"] = residual.grad
+    return {"y": y, **gradients, **dict(layer.named_buffers())}
+
+
+def truth_of(x, residual, mask, gy, layer, activation):
+    """The same by the oracle, in float64."""
+    options = {"activation": activation, "mask": None if mask is None else mask.numpy()}
+    if residual is not None:
+        options["residual"] = residual.double().numpy()
+    args = (x.double().numpy(), "[n] c h w" if x.dim() != 4 else "[n] c [h w]")
+    γβ = {"γ": layer.weight.detach().double().numpy(), "β": layer.bias.detach().double().numpy()}
+    g = oracle.backward(gy.double().numpy(), *args, **γβ, **options)
+    E, Var = oracle.running(np.zeros(C), np.ones(C), oracle.moments(*args, mask=options["mask"]))
+    truth = {"y": oracle.normalize(*args, **γβ, **options), "input": g.dx, "weight": g.dγ, "bias": g.dβ}
+    if residual is not None:
+        truth["residual"] = g.dresidual
+    return {**truth, "running_mean": E, "running_var": Var, "num_batches_tracked": np.asarray(1)}
+
+
+def compare(dtype, masked, activation, residual, offset=0.0, memory_format=torch.contiguous_format):
+    """Largest error of every tensor: of the ranks together, and of one process with all samples."""
+    x, gy = whole(C, 3, 2, seed=1, dtype=dtype, offset=offset), whole(C, 3, 2, seed=2, dtype=dtype)
+    r = whole(C, 3, 2, seed=3, dtype=dtype) if residual else None
+    mask = whole(3, 2, seed=4) > -0.3 if masked else None
+    if masked:
+        mask[:5] = False  # rank 0 has samples and no cell
+        x[~mask[:, None].expand_as(x)] = float("nan")
+    alone = layer_of(ns.nn.BatchNorm2d, dtype, activation=activation)
+    sync = layer_of(SyncBatchNorm, dtype, activation=activation)
+    parts = [None if t is None else share(t).contiguous(memory_format=memory_format) for t in (x, r)]
+    mine = step(sync, *parts, None if mask is None else share(mask), share(gy))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert all(torch.equal(mine[name], other) for other in everyone(mine[name])), "ranks disagree"
+    together = {
+        name: put_together(t) if name in ("y", "input", "residual") else total(t) if name in ("weight", "bias") else t
+        for name, t in mine.items()
+    }
+    single, truth = step(alone, x, r, mask, gy), truth_of(x, r, mask, gy, alone, activation)
+    return {name: (error(together[name], truth[name]), error(single[name], truth[name])) for name in truth}
+
+
+def fold(errors, bound):
+    bad = {name: pair for name, pair in errors.items() if not pair[0] <= bound(pair[1])}
+    assert not bad, bad
+
+
+CASES = {
+    "plain": (False, None, False),
+    "masked": (True, None, False),
+    "all at once": (True, "silu", True),
+}
+
+
+@check
+def one_process_float64():
+    for case in CASES.values():
+        fold(compare(torch.float64, *case), lambda single: 1e-12)
+    fold(compare(torch.float64, False, "relu", True, memory_format=torch.channels_last), lambda single: 1e-12)
+
+
+@check
+def one_process_float32():
+    # Twice the error of one process, or two roundings where that one happens to have none.
+    for case in CASES.values():
+        fold(compare(torch.float32, *case), lambda single: 2 * max(single, 2**-23))
+
+
+@check
+def as_accurate_at_8000_sigma():
+    for masked in (False, True):
+        at_0 = compare(torch.float32, masked, None, False)
+        away = compare(torch.float32, masked, None, False, offset=8000.0)
+        for name in ("y", "input", "weight", "bias"):
+            assert away[name][0] <= 2 * max(at_0[name][0], 2**-23), (name, away[name], at_0[name])
+        assert away["running_var"][0] < 1e-6
+
+
+@check
+def bfloat16_and_half():
+    for dtype in (torch.bfloat16, torch.float16):
+        x, gy = whole(C, 3, seed=1, dtype=dtype), whole(C, 3, seed=2, dtype=dtype)
+        alone, sync = layer_of(ns.nn.BatchNorm1d, torch.float32), layer_of(SyncBatchNorm, torch.float32)
+        mine, single = step(sync, share(x), None, None, share(gy)), step(alone, x, None, None, gy)
+        assert mine["y"].dtype == dtype
+        for name, of in (("y", put_together), ("input", put_together), ("weight", total)):
+            # The same float32 numbers, each rounded once more to the narrow type.
+            assert error(of(mine[name]), single[name].detach().double().numpy()) <= torch.finfo(dtype).eps
+
+
+@check
+def nothing_anywhere():
+    layer = SyncBatchNorm(C)
+    y = layer(torch.zeros(2, C, 3), mask=torch.zeros(2, 3, dtype=torch.bool))
+    assert torch.equal(y, torch.zeros(2, C, 3))
+    assert torch.equal(layer.running_mean, torch.zeros(C))
+    assert torch.equal(layer.running_var, torch.ones(C))
+    # One cell in all: its own mean, no variance.
+    x = torch.full((int(rank() == 0), C), 3.0)
+    assert torch.equal(layer(x), torch.zeros_like(x))
+    assert torch.allclose(layer.running_mean, torch.full((C,), 0.3))
+    assert torch.equal(layer.running_var, torch.ones(C))
+
+
+@check
+def wider_than_one_message():
+    width = collective.PACKET // 3 + 5
+    x = whole(width, seed=5)
+    y = SyncBatchNorm(width, dtype=torch.float64)(share(x))
+    assert error(put_together(y), oracle.normalize(x.numpy(), "[n] c")) < 1e-12
+
+
+@check
+def one_message_each_way():
+    sent = []
+    send, collective.Exchange._send = collective.Exchange._send, lambda *a: sent.append(1) or send(*a)
+    try:
+        x = share(whole(2048, seed=5)).requires_grad_()
+        y = SyncBatchNorm(2048, dtype=torch.float64)(x)
+        forward = len(sent)
+        y.sum().backward()
+    finally:
+        collective.Exchange._send = send
+    assert (forward, len(sent)) == (1, 2)
+
+
+@check
+def subgroups():
+    groups = [dist.new_group([0, 3]), dist.new_group([1, 2])]
+    group = groups[rank() in (1, 2)]
+    x = whole(C, 4, seed=6)
+    layer = copy.deepcopy(SyncBatchNorm(C, dtype=torch.float64, process_group=group))
+    assert layer.process_group is group
+    y = layer(share(x))
+    parts = torch.split(x, list(BATCHES))
+    pair = (0, 3) if rank() in (0, 3) else (1, 2)
+    truth = oracle.normalize(torch.cat([parts[k] for k in pair]).numpy(), "[n] c [l]")
+    k = BATCHES[0] if rank() == 3 else BATCHES[1] if rank() == 2 else 0
+    assert error(y, truth[k : k + len(y)]) < 1e-12 if len(y) else y.shape == (0, C, 4)
+
+
+@check
+def evaluation_is_local():
+    layer = layer_of(SyncBatchNorm, torch.float64).eval()
+    if rank() == 1:  # the others do not take part
+        x = whole(C, 3)
+        layer(x)
+    untracked = SyncBatchNorm(C, track_running_stats=False, dtype=torch.float64)
+    x = whole(C, 3)
+    y = untracked(share(x))
+    assert error(put_together(y), oracle.normalize(x.numpy(), "[n] c [l]")) < 1e-12
+    if rank() == 3:
+        assert error(untracked.eval()(share(x)), oracle.normalize(share(x).numpy(), "[n] c [l]")) < 1e-12
+
+
+@check
+def double_backward():
+    def penalty(layer, x, weights):
+        x = x.clone().requires_grad_()
+        y = layer(x)
+        gradient = torch.autograd.grad((y.sin() * weights).sum(), x, create_graph=True)[0]
+        gradient.square().sum().backward()
+        return x.grad, layer.weight.grad
+
+    x, weights = whole(C, 3, seed=7), whole(C, 3, seed=8)
+    alone, sync = layer_of(ns.nn.BatchNorm1d, torch.float64), layer_of(SyncBatchNorm, torch.float64)
+    dx, dweight = penalty(sync, share(x), share(weights))
+    truth = penalty(alone, x, weights)
+    assert error(put_together(dx), truth[0].numpy()) < 1e-12
+    assert error(total(dweight), truth[1].numpy()) < 1e-12
+
+
+def network(sync):
+    torch.manual_seed(0)
+    norm = SyncBatchNorm if sync else ns.nn.BatchNorm2d
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), norm(8, activation="relu"), nn.Conv2d(8, 4, 1), norm(4), nn.Flatten(), nn.Linear(64, 5)
+    ).double()
+
+
+def references():
+    """Two steps of the network in one process with all samples: parameters and buffers."""
+    net = network(sync=False)
+    train(net, lambda t: t, scale=1.0)
+    return {name: t.detach().clone() for name, t in net.state_dict().items()}
+
+
+def train(net, part, scale, forward=None):
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    for k in range(2):
+        x, target = whole(3, 6, 6, seed=10 + k), whole(5, seed=20 + k)
+        loss = (forward or net)(part(x)).sub(part(target)).square().sum() * scale
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def matches(net, get=lambda t: t):
+    truth = references()
+    state = {name.removeprefix("module."): get(t) for name, t in net.state_dict().items()}
+    assert state.keys() == truth.keys()
+    for name, t in truth.items():
+        # 1e-12 on one layer; two steps through two of them and a loss that grows with the batch
+        assert error(state[name], t.numpy()) < 1e-11, name
+
+
+@check
+def distributed_data_parallel():
+    net = DistributedDataParallel(network(sync=True))
+    train(net, share, scale=4.0)  # DDP averages over the ranks
+    matches(net)
+
+
+@check
+def fully_sharded():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = network(sync=True)
+    mesh = init_device_mesh("cpu", (4,))
+    for k in (0, 1, 2, 3, 5):
+        fully_shard(net[k], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    train(net, share, scale=4.0)
+    matches(net, lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, net, reentrant):
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x):
+        return self.net[4:](checkpoint(self.net[:4], x.requires_grad_(), use_reentrant=self.reentrant))
+
+
+@check
+def activation_checkpointing():
+    for reentrant in (False, True):
+        net = network(sync=True)
+        train(DistributedDataParallel(Checkpointed(net, reentrant)), share, scale=4.0)
+        matches(net)  # buffers, too: what is computed again does not enter again
+
+
+@check
+def what_is_not_finite_on_one_rank_stays_out_on_all():
+    layer, clean = SyncBatchNorm(C, dtype=torch.float64), SyncBatchNorm(C, dtype=torch.float64)
+    x = whole(C, 3)
+    clean(share(x))
+    x[-1, 2, 0] = float("inf")  # rank 3
+    layer(share(x))
+    assert (layer.running_mean[2], layer.running_var[2]) == (0, 1)
+    rest = [0, 1, 3, 4, 5]
+    assert torch.equal(layer.running_mean[rest], clean.running_mean[rest])
+    assert torch.equal(layer.running_var[rest], clean.running_var[rest])
+    with ns.pause_statistics(layer):
+        layer(share(x))
+    assert layer.num_batches_tracked == 1
+
+
+class Mine(ns.nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x) * 1.0
+
+
+@check
+def synchronize_and_back():
+    class Tanh(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).tanh() * 2
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        ns.nn.BatchNorm2d(C, activation="relu"), nn.BatchNorm2d(C), Tanh(C), nn.SyncBatchNorm(C), nn.InstanceNorm2d(C)
+    ).double()
+    x = whole(C, 3, 2, seed=9)
+    as_batch_norm = copy.deepcopy(net)
+    as_batch_norm[3] = nn.BatchNorm2d(C).double()
+    truth = as_batch_norm(x)
+    report = ns.synchronize(net)
+    y = report.model(share(x))
+    assert error(put_together(y), truth.detach().numpy()) < 1e-12
+    for name, t in net.state_dict().items():
+        assert torch.allclose(t, as_batch_norm.state_dict()[name], rtol=0, atol=1e-12), name
+    ns.desynchronize(net)
+    if rank() == 3:  # alone
+        net(share(x))
+
+
+@check
+def in_float32_inside_a_narrow_model():
+    x = whole(C, 3, dtype=torch.bfloat16)
+    for first, second in ((keep_float32, ns.synchronize), (ns.synchronize, keep_float32)):
+        net = nn.Sequential(nn.BatchNorm1d(C))
+        first(net), second(net)
+        net.bfloat16()
+        y = net(share(x))
+        assert (y.dtype, net[0].weight.dtype) == (torch.bfloat16, torch.float32)
+        truth = oracle.normalize(x.double().numpy(), "[n] c [l]")
+        assert error(put_together(y), truth) < torch.finfo(torch.bfloat16).eps
+
+
+@check
+def a_subclass_that_does_not_call_batch_norm():
+    class Own(nn.BatchNorm1d):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    net = nn.Sequential(Own(C))
+    ns.synchronize(net)
+    with raises("0 (Own)"):
+        net(torch.randn(4, C))
+    net.eval()
+    net(torch.randn(4, C))
+
+
+@contextlib.contextmanager
+def raises(*words):
+    with pytest.raises(ns.SynchronizationError) as caught:
+        yield
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+class Skips(nn.Module):
+    def __init__(self, skip, group):
+        super().__init__()
+        self.first, self.second = SyncBatchNorm(C, process_group=group), SyncBatchNorm(2 * C, process_group=group)
+        self.skip = skip
+
+    def forward(self, x):
+        if not self.skip:
+            x = self.first(x)
+        return self.second(torch.cat([x, x], 1))
+
+
+@check
+def a_rank_that_is_at_another_layer():
+    net = Skips(rank() == 2, dist.new_group())
+    with raises("different layers", "rank 0: first (SyncBatchNorm)", "rank 2: second (SyncBatchNorm)", "cure"):
+        net(torch.randn(3, C))
+
+
+@check
+def a_rank_that_does_not_come():
+    group = dist.new_group()
+    layer = nn.Sequential(SyncBatchNorm(C, process_group=group))
+    SyncBatchNorm.timeout, before = 0.5, SyncBatchNorm.timeout
+    try:
+        if rank() == 2:
+            time.sleep(1.5)
+            return
+        start = time.monotonic()
+        with raises("0 (SyncBatchNorm)", "alone", "cure"):
+            layer(torch.randn(3, C))
+        assert time.monotonic() - start < 10  # far below the process group's own limit
+    finally:
+        SyncBatchNorm.timeout = before
+
+
+@check
+def compiled_in_one_graph():
+    import torch._dynamo
+
+    groups = [dist.new_group([0, 3]), dist.new_group([1, 2])]
+    if rank() in (1, 2):  # two ranks show it, and two processors compile twice as fast as for four
+        return
+    x, gy = whole(C, 3, seed=1), whole(C, 3, seed=2)
+    outcomes = []
+    for compiled in (False, True):
+        layer = layer_of(SyncBatchNorm, torch.float64, process_group=groups[0], activation="gelu")
+        mine = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        inputs = share(x).clone().requires_grad_()
+        y = mine(inputs)
+        y.backward(share(gy))
+        outcomes.append([y, inputs.grad, layer.weight.grad, layer.running_var])
+    for cls in (ns.nn.BatchNorm1d, Mine):  # a subclass breaks the graph, and is computed right
+        layer = layer_of(cls, torch.float64, activation="gelu")
+        ns.synchronize(layer, groups[0])
+        inputs = share(x).clone().requires_grad_()
+        y = torch.compile(layer, backend="eager", fullgraph=cls is not Mine)(inputs)
+        y.backward(share(gy))
+        outcomes.append([y, inputs.grad, layer.weight.grad, layer.running_var])
+    for eager, *others in zip(*outcomes, strict=True):
+        assert all(error(other, eager.detach().numpy()) < 1e-12 for other in others)
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    for text in (".*deprecated.*", ".*should not be instantiated.*"):  # torch's own code: fully_shard, the compiler
+        warnings.filterwarnings("ignore", text)
+    SyncBatchNorm.timeout = 20.0
+    dist.init_process_group("gloo")
+    only = sys.argv[2:]
+    outcome = {}
+    for function in CHECKS:
+        if only and function.__name__ not in only:
+            continue
+        torch.manual_seed(0)
+        start = time.monotonic()
+        try:
+            function()
+            outcome[function.__name__] = ""
+        except BaseException:
+            outcome[function.__name__] = traceback.format_exc()
+        dist.barrier()
+        if only and rank() == 0:
+            sys.stdout.write(f"{function.__name__:40} {time.monotonic() - start:.1f} s\n")
+    Path(folder, f"{rank()}.json").write_text(json.dumps(outcome))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,756 @@
+"""The bench measures what it says, checks before it times, and judges by what it measured."""
+
+import dataclasses
+import gc
+import io
+import itertools
+import json
+import math
+import re
+import sys
+from types import SimpleNamespace
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+from torch import nn
+
+import normscope as ns
+from normscope import cli, oracle, records
+from normscope.bench import Settings, architectures, cases, check, run, suite, targets, timing
+from normscope.bench.cases import FAMILIES, Case, State
+from normscope.errors import ArgumentError, ProofError
+from normscope.records import Interval
+from normscope.report import benchmarks
+
+CPU = torch.device("cpu")
+SMALL_SHAPES = {
+    "BN": (4, 6, 5, 3), "BN1d": (16, 10), "GN": (3, 64, 3, 2), "IN": (3, 5, 4, 7), "LN": (3, 5, 17),
+    "LN2d": (2, 7, 4, 5), "RMS": (3, 5, 17),
+}  # fmt: skip
+SMALL = [
+    Case(FAMILIES[name], shape, dtype, layout)
+    for name, shape in SMALL_SHAPES.items()
+    for dtype in cases.DTYPES
+    for layout in (cases.LAYOUTS if len(shape) == 4 else [""])
+]
+QUICK = [
+    case for case in SMALL if case.family.name in ("BN", "LN", "RMS") and (case.dtype == "f32") == (case.layout == "")
+]
+
+
+def tensors(case, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, g = case.tensor(generator, scale=2.0, shift=0.5).requires_grad_(), case.tensor(generator)
+    return x, g, lambda: case.state(torch.Generator().manual_seed(seed), training=True)
+
+
+# --- cases --------------------------------------------------------------------------------------------------------
+
+
+def test_the_suite_is_the_one_of_the_design():
+    names = [case.name for case in (*cases.SUITE, *cases.SWEEP)]
+    assert len(names) == len(set(names))
+    shapes = {(case.family.name, case.shape) for case in cases.SUITE}
+    assert shapes == {
+        ("BN", (32, 64, 56, 56)), ("BN", (128, 64, 28, 28)), ("BN", (8, 256, 56, 56)), ("BN", (32, 256, 14, 14)),
+        ("BN", (64, 512, 7, 7)), ("BN1d", (512, 1024)), ("GN", (8, 256, 32, 32)), ("GN", (4, 128, 64, 64)),
+        ("IN", (4, 64, 128, 128)), ("LN", (32, 197, 768)), ("LN", (8, 1024, 1024)), ("LN2d", (16, 96, 56, 56)),
+        ("RMS", (8, 1024, 1024)),
+    }  # fmt: skip
+    # Two dtypes; two layouts where there are four axes.
+    assert len(cases.SUITE) == 2 * (2 * 9 + 4)
+    for family in ("BN", "GN", "LN"):
+        assert [c.size for c in cases.SWEEP if c.family.name == family] == [1024 * 4**k for k in range(10)]
+    assert {*cases.QUICK, *cases.COMPILED} <= set(names)
+    assert len(cases.QUICK) == 10
+    assert len(cases.COMPILED) == 8
+
+
+def test_select():
+    names = [case.name for case in cases.SUITE]
+    assert cases.select(names, []) == names
+    assert cases.select(names, ["gn*BF16"]) == [n for n in names if n.startswith("GN") and "bf16" in n]
+    assert len(cases.select(names, ["RMS", "BN1d"])) == 4
+    assert cases.select(names, ["nothing"]) == []
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_every_family_is_the_oracles_formula(case):
+    """Ours, eager torch and the reference of the check are compared with the formulas in NumPy."""
+    x, g, state = tensors(case)
+    s, options = state(), dict(params="c", **case.family.sizes)
+    if case.family.name == "RMS":
+        options |= dict(center=False, ε=float(torch.finfo(torch.float32).eps))
+    numbers = [t.detach().double().numpy() for t in (x, g, s.weight)]
+    bias = None if s.bias is None else s.bias.detach().double().numpy()
+    formula = oracle.Normalization(
+        numbers[0], case.family.pattern, numbers[2], bias, activation="relu",
+        **{k: v for k, v in options.items() if k in ("params", "center", "ε")}, sizes=case.family.sizes,
+    )  # fmt: skip
+    expected = formula.backward(numbers[1])
+    truth = [formula.y, expected.dx, expected.dγ, expected.dβ][: 3 + (bias is not None)]
+    y = case.family.ours(x, s)
+    ours = [y.detach(), *check.gradients(case.family.ours, state(), x, g)]
+    eager = [case.family.eager(x, state()).detach(), *check.gradients(case.family.eager, state(), x, g)]
+    reference = check._reference(case, x.detach(), g, s, y.detach())
+    assert case.dtype == "bf16" or case.params == "f32"
+    # bfloat16 keeps 8 bits; the small sums of these shapes are exact enough in both. float32: a handful of roundings.
+    loose = 2e-2 if case.dtype == "bf16" else 1e-5
+    for results, tolerance in ((ours, loose), (eager, loose), (reference, 1e-6)):
+        assert len(results) == len(truth)
+        for got, want in zip(results, truth, strict=True):
+            assert got.double().numpy() == pytest.approx(want, abs=tolerance * np.abs(want).max())
+    assert y.stride() == x.stride()
+
+
+def test_working_set_and_layouts():
+    tiny, large = Case(FAMILIES["LN"], (4, 256)), Case(FAMILIES["LN"], (4096, 512))
+    generator = torch.Generator()
+    assert len(list(suite._pairs(tiny, generator))) == suite.MOST_PAIRS
+    assert len(list(suite._pairs(large, generator))) == 1
+    x = Case(FAMILIES["BN"], (2, 3, 4, 5), "bf16", "cl").tensor(generator)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert x.dtype == torch.bfloat16
+
+
+# --- the check ----------------------------------------------------------------------------------------------------
+
+
+def broken(case, **changes):
+    return dataclasses.replace(case, family=dataclasses.replace(case.family, **changes))
+
+
+def checked(case):
+    x, g, state = tensors(case)
+    norms = {"ours": case.family.ours, "eager": case.family.eager}
+    return check.check(case, x, g, norms, {name: state() for name in norms})
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_a_right_result_passes(case):
+    assert 0 < checked(case) <= 1
+
+
+class Slipped(torch.autograd.Function):
+    """The identity whose gradient is off by one in a thousand."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return 1.001 * g
+
+
+BAD = {
+    "y is off": lambda f: dict(ours=lambda x, s: 1.0001 * f.ours(x, s)),
+    "dx is off": lambda f: dict(ours=lambda x, s: f.ours(Slipped.apply(x), s)),
+    "dweight is off": lambda f: dict(ours=lambda x, s: f.ours(x, s._replace(weight=Slipped.apply(s.weight)))),
+    "no activation": lambda f: dict(ours=f.plain),
+    "NaN": lambda f: dict(ours=lambda x, s: f.ours(x, s) * math.nan),
+    "no running statistics": lambda f: dict(ours=lambda x, s: f.ours(x, s._replace(mean=None, var=None))),
+    "eager is another formula": lambda f: dict(eager=lambda x, s: f.plain(x, s).abs()),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_wrong_result_is_an_error(name):
+    case = Case(FAMILIES["BN"], (8, 6, 5, 3))
+    with pytest.raises(ProofError, match="was not timed"):
+        checked(broken(case, **BAD[name](case.family)))
+
+
+@pytest.mark.parametrize("case", SMALL[::2], ids=lambda case: case.name)
+def test_the_reference_is_the_same_in_parts(case, monkeypatch):
+    x, g, state = tensors(case)
+    s = state()
+    y = case.family.ours(x, s).detach()
+    whole = check._reference(case, x.detach(), g, s, y)
+    monkeypatch.setattr(check, "CHUNK", x.numel() // 3)
+    for a, b in zip(whole, check._reference(case, x.detach(), g, s, y), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gate_at_zero_follows_the_result():
+    case = Case(FAMILIES["LN"], (1, 4))
+    x = torch.tensor([[-1.0, -1.0, 1.0, 1.0]])
+    s = State(torch.ones(4), torch.tensor([1.0, 1.0, -1.0, -1.0]))  # z is 5e-6 or −5e-6, and ours may round it to 0
+    g = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    for gate in ((0.0, 0.0, 0.0, 0.0), (1.0, 0.0, 1.0, 0.0)):
+        dbias = check._reference(case, x, g, s, torch.tensor([gate]))[3]
+        assert dbias.tolist() == [a * b for a, b in zip(gate, g[0].tolist(), strict=True)]
+
+
+# --- timing -------------------------------------------------------------------------------------------------------
+
+
+class FakeClock:
+    """A call takes what a script says, and time passes by that and nothing else."""
+
+    def __init__(self, **scripts):
+        self.scripts = {name: itertools.cycle(script) for name, script in scripts.items()}
+        self.calls = {name: (lambda name=name: name) for name in scripts}
+        self.seen = []
+        self.now = 0.0
+
+    def __call__(self, call, repeats):
+        name = call()
+        self.seen.append((name, repeats, gc.isenabled()))
+        taken = repeats * next(self.scripts[name])
+        self.now += taken
+        return taken
+
+    def interleave(self, seconds):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(timing.time, "perf_counter", lambda: self.now)
+            return timing.interleave(self.calls, seconds, self)
+
+
+def test_rounds_take_every_alternative_in_changing_order_without_the_collector():
+    clock = FakeClock(a=[1e-3], b=[2e-3], c=[3e-3])
+    rounds = clock.interleave(0.01)
+    assert rounds.seconds == {name: [k * 1e-3] * rounds.count for k, name in enumerate("abc", 1)}
+    assert not any(enabled for _, _, enabled in clock.seen)
+    assert gc.isenabled()
+    names = [name for name, _, _ in clock.seen][-3 * rounds.count :]
+    orders = {tuple(names[k : k + 3]) for k in range(0, len(names), 3)}
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(orders) > 1
+
+
+def test_the_collector_comes_back_after_an_error():
+    def fails():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        timing.interleave({"a": fails}, 0.0)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_samples_last_long_enough():
+    clock = FakeClock(a=[3e-6], b=[1e-2])
+    clock.interleave(0.01)
+    last = {name: repeats for name, repeats, _ in clock.seen}
+    assert last == {"a": 128, "b": 1}  # 128 · 3 µs ≥ 200 µs > 64 · 3 µs
+
+
+def test_disturbed_rounds_are_dropped_and_repeated():
+    clock = FakeClock(a=[1e-3], b=[1e-3, 1e-3, 1e-3, 9e-3])
+    rounds = clock.interleave(0.02)
+    assert set(rounds.seconds["b"]) == {1e-3}
+    assert rounds.count == len(rounds.seconds["a"]) == timing.ENOUGH_ROUNDS
+    assert rounds.dropped == 2
+
+
+def test_a_machine_that_is_never_calm_ends_after_three_times_the_time():
+    clock = FakeClock(a=[1e-3, 5e-3, 25e-3], b=[1e-3])  # one round in three is calm
+    rounds = clock.interleave(0.05)
+    assert rounds.count < timing.ENOUGH_ROUNDS
+    assert set(rounds.seconds["a"]) == {1e-3}
+    assert clock.now < 3 * 0.05 + 0.1
+
+
+def test_without_calm_rounds_the_calmest_count():
+    clock = FakeClock(a=[1e-3 * 3**k for k in range(2, 7)], b=[1e-3])
+    rounds = clock.interleave(0.01)
+    assert rounds.count == timing.LEAST_ROUNDS
+    assert rounds.seconds["a"] == sorted(rounds.seconds["a"])
+
+
+def test_calm_machines_end_early():
+    rounds = FakeClock(a=[1e-3], b=[1e-3]).interleave(1e9)
+    assert (rounds.count, rounds.dropped) == (timing.MOST_ROUNDS, 0)
+
+
+def test_ratios_are_of_rounds_and_medians():
+    rounds = timing.Rounds({"a": [2.0, 40.0, 6.0], "b": [1.0, 10.0, 2.0], "c": [1.0, 1.0, 1.0]}, 0)
+    assert rounds.time("a") == Interval(6.0, 2.0, 40.0, "s")
+    assert rounds.ratio("a", "b") == Interval(3.0, 2.0, 4.0)
+    assert rounds.gain("a", "b", "c").value == pytest.approx(4 / 5)
+    assert rounds.gain("c", "b", "a") is None  # leaving out gains nothing
+
+
+def test_wall_clock_measures_calls():
+    counted = itertools.count()
+    assert 0 <= timing.wall_clock(lambda: next(counted), 5) < 0.1
+    assert next(counted) == 5
+
+
+# --- one case -----------------------------------------------------------------------------------------------------
+
+
+FIXED = {
+    "ours": 2.0,
+    "eager": 8.0,
+    "floor": 1.0,
+    "ours, eval": 0.5,
+    "eager, eval": 0.75,
+    "clone": 0.25,
+    "compiled": 6.0,
+}
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The alternatives that were to be timed; the clock says `FIXED`."""
+    calls = {}
+
+    def fixed(alternatives, *_):
+        calls.update(alternatives)
+        return timing.Rounds({name: [FIXED.get(name, 1.0)] * 3 for name in alternatives}, 4)
+
+    monkeypatch.setattr(suite, "interleave", fixed)
+    monkeypatch.setattr(architectures, "interleave", fixed)
+    return calls
+
+
+def test_a_case_is_measured(called):
+    case = Case(FAMILIES["BN"], (2, 6, 5, 3), "bf16", "cl")
+    record = suite.measure(case, 0.0, CPU, compiled=case.family.eager)
+    assert (record.name, record.layout, record.params) == ("BN 2x6x5x3 bf16 cl", "cl", "f32")
+    assert [t.name for t in record.timings] == [
+        "ours",
+        "eager",
+        "compiled",
+        "floor",
+        "ours, eval",
+        "eager, eval",
+        "clone",
+    ]
+    assert record.size == 2 * 6 * 15 * 2
+    assert record.passes == ns.plan(case.tensor(torch.Generator()), "[n] c [h w]").passes
+    assert record.rate == 5 * record.size / 2.0
+    assert (record.share.value, record.eager_share.value, record.speedup.value) == (0.5, 0.125, 4.0)
+    assert (record.eval_share.value, record.eval_speedup.value, record.compiled.value) == (0.5, 1.5, 3.0)
+    assert record.plan_share.value == 0.5 * sum(record.passes) / 5
+    assert (record.rounds, record.dropped) == (3, 4)
+    assert not called["ours, eval"]().requires_grad
+    assert [t.dtype for t in called["ours"]()] == [torch.bfloat16, torch.float32, torch.float32]
+
+
+def test_real_times_fit_together():
+    record = suite.measure(Case(FAMILIES["GN"], (2, 64, 5, 3)), 0.05, CPU)
+    assert all(0 < t.time.low <= t.time.value <= t.time.high < 1 for t in record.timings)
+    # The median of ratios need not be the ratio of medians, but lies near.
+    assert record.share.value == pytest.approx(record.time("floor") / record.time("ours"), rel=0.5)
+    assert record.compiled is None
+
+
+def test_the_floors_copy_and_add():
+    case = Case(FAMILIES["LN"], (4096, 512))
+    x, g, state = tensors(case)
+    calls = dict(suite._alternatives(case, [(x, g)], {"ours": case.family.ours}, {"ours": state()}, state()))
+    copy, total = calls["floor"]()
+    assert torch.equal(copy, x)
+    assert copy.data_ptr() != x.data_ptr()
+    assert torch.equal(total, x + g)
+    assert torch.equal(calls["clone"](), x)
+    assert [t.shape for t in calls["ours"]()] == [x.shape, (512,), (512,)]
+
+
+def test_evaluation_uses_running_statistics_and_builds_no_graph():
+    case = Case(FAMILIES["BN"], (4, 6, 5, 3))
+    x, g, state = tensors(case)
+    fixed = case.state(torch.Generator().manual_seed(3), training=False)
+    norms = {"ours": case.family.ours, "eager": case.family.eager}
+    calls = dict(suite._alternatives(case, [(x, g)], norms, {name: state() for name in norms}, fixed))
+    before = fixed.mean.clone()
+    y, want = calls["ours, eval"](), calls["eager, eval"]()
+    assert not y.requires_grad
+    assert torch.equal(fixed.mean, before)
+    torch.testing.assert_close(y, want)
+    xhat = (x - fixed.mean.view(-1, 1, 1)) / (fixed.var.view(-1, 1, 1) + 1e-5).sqrt()
+    by_hand = (xhat * fixed.weight.view(-1, 1, 1) + fixed.bias.view(-1, 1, 1)).relu()
+    torch.testing.assert_close(y, by_hand.detach())
+
+
+# --- a run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The suite with small tensors, nothing compiled, no architectures."""
+    chosen = tuple(QUICK)
+    run_module = sys.modules["normscope.bench.run"]
+    names = tuple(case.name for case in chosen)
+    replaced = {"SUITE": chosen, "SWEEP": (), "QUICK": names, "COMPILED": (), "ARCHITECTURES": ()}
+    for name, value in replaced.items():
+        monkeypatch.setattr(run_module, name, value)
+    monkeypatch.setattr(timing, "HEAP_BLOCKS", 1)
+    return run_module
+
+
+QUICKLY = Settings(seconds=20.0, quick=True)
+
+
+@pytest.fixture(scope="module")
+def record():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "MOST_ROUNDS", 3)
+        small.__wrapped__(patch)
+        return run(QUICKLY, command="normscope bench --quick")
+
+
+def test_a_run_is_a_record_that_json_keeps(record):
+    assert [case.name for case in record.cases] == [case.name for case in QUICK]
+    assert records.from_json(records.Benchmark, records.to_json(record)) == record
+    assert record.threads == torch.get_num_threads()
+    assert any(kernel.startswith("eager") for kernel in record.kernels)
+    assert dict(record.machine.versions)["torch"] == torch.__version__
+    assert record.notes == ()
+
+
+def test_names_that_nothing_has(small):
+    with pytest.raises(ArgumentError, match="nothing is named like zebra"):
+        run(Settings(("zebra",)))
+
+
+def test_time_that_is_over_is_told(small, monkeypatch):
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
+    record = run(Settings(seconds=1e-9))
+    assert record.cases == ()
+    assert record.notes == (
+        f"{len(QUICK)} of {len(QUICK)} not measured, the time was over: {QUICK[0].name} … {QUICK[-1].name}",
+    )
+    assert all(target.verdict == "open" for target in record.targets)
+
+
+def test_threads_are_set_and_put_back(small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(suite, "measure", lambda *_: seen.append(torch.get_num_threads()) or 1 / 0)
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        run(Settings(threads=before + 1))
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+def test_no_cuda_is_a_message():
+    if not torch.cuda.is_available():
+        with pytest.raises(ArgumentError, match="no CUDA device"):
+            run(Settings(device="cuda"))
+
+
+def test_a_compiler_that_fails_is_a_note(small, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no g++\nsecond line")
+
+    monkeypatch.setattr(small, "COMPILED", tuple(case.name for case in SMALL))
+    monkeypatch.setattr(suite, "compile_eager", fails)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
+    record = run(dataclasses.replace(QUICKLY, quick=False))
+    assert record.notes == ("torch.compile was not measured: RuntimeError: no g++",)  # tried once
+    assert len(record.cases) == len(QUICK)
+
+
+def test_compiled_cases_have_one_more_alternative(small, monkeypatch):
+    """The compiler is replaced by its identity: what is tested is the way through check, loop and record."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(small, "COMPILED", (QUICK[0].name,))
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
+    record = run(Settings((QUICK[0].name,), seconds=5.0))
+    assert [t.name for t in record.cases[0].timings][2] == "compiled"
+    assert record.cases[0].compiled.value > 0
+
+
+def test_without_timm_the_rest_runs(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setattr(small, "ARCHITECTURES", architectures.ARCHITECTURES)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
+    record = run(Settings(("RMS", "resnet"), seconds=10.0))
+    assert len(record.cases) == 1
+    assert record.models == ()
+    assert "pip install timm" in record.notes[0]
+
+
+# --- architectures ------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.act = nn.ReLU()
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.head(self.act(self.norm(self.conv(x))))
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 5)
+    monkeypatch.setattr(architectures, "SIDE", 16)
+    return architectures.Architecture("block", lambda timm: timm.Block())
+
+
+def test_an_architecture_is_measured(model):
+    record = architectures.measure(model, "channels_last", SimpleNamespace(Block=Block), 1.0, CPU)
+    assert (record.name, record.shape, record.changed) == ("block cl", (8, 3, 16, 16), 1)
+    names = ["torch", "accelerated", "bare"]
+    assert [t.name for t in record.timings] == [*names, *(f"{name}, eval" for name in names)]
+    assert record.parameters == 3 * 8 * 9 + 16 + 8 * 4 + 4
+    kept = {memory.name: memory for memory in record.memory}
+    map_size = 8 * 8 * 14 * 14 * 4  # one feature map of the middle in float32
+    rest = 2000  # a few numbers per channel
+    # conv → norm → ReLU → conv: what went into the norm, and what went into the second convolution, which is also what
+    # the ReLU keeps. Bare: only what goes into the second convolution.
+    assert 0 <= kept["torch"].saved - 2 * map_size < rest
+    assert 0 <= kept["accelerated"].saved - 2 * map_size < rest
+    assert kept["bare"].saved == map_size
+    assert kept["torch"].peak >= 2 * map_size
+    assert kept["bare"].peak < kept["torch"].peak
+
+
+def test_evaluation_leaves_the_model_as_it_is(model, called):
+    built = Block()
+    record = architectures.measure(model, "contiguous", SimpleNamespace(Block=lambda: built), 1.0, CPU)
+    assert (record.step.value, record.rounds) == (1.0, 3)
+    assert record.step_share is None  # nothing to gain at equal times
+    batches, weight = int(built.norm.num_batches_tracked), built.conv.weight.clone()
+    called["torch, eval"]()
+    assert int(built.norm.num_batches_tracked) == batches
+    called["torch"]()
+    assert int(built.norm.num_batches_tracked) == batches + 1
+    assert torch.equal(built.conv.weight, weight)  # the learning rate is 0
+    assert all(p.grad is None for p in built.parameters())
+
+
+def test_bare_models_have_neither_norms_nor_activations():
+    model = nn.Sequential(Block(), nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), nn.LayerNorm(3), nn.GELU())
+    bare = architectures._bare(model)
+    kinds = {type(module) for module in bare.modules()}
+    assert kinds == {nn.Sequential, Block, nn.Conv2d, nn.Identity}
+
+
+def test_the_unet_joins_what_its_encoder_left():
+    class Encoder(nn.Module):
+        feature_info = SimpleNamespace(channels=lambda: [4, 8, 16])
+
+        def __init__(self):
+            super().__init__()
+            self.steps = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in ((3, 4), (4, 8), (8, 16)))
+
+        def forward(self, x):
+            return list(itertools.accumulate(self.steps, lambda x, step: step(x), initial=x))[1:]
+
+    net = architectures._UNet(SimpleNamespace(create_model=lambda *_, **__: Encoder()))
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 21, 16, 16)
+
+
+def test_there_are_eight_architectures():
+    assert len({a.name for a in architectures.ARCHITECTURES}) >= targets.MODELS
+    assert [a.layouts for a in architectures.ARCHITECTURES if not a.images] == [("contiguous",)]
+
+
+# --- targets and report -------------------------------------------------------------------------------------------
+
+
+def speed(name="BN 2x3x4x5 f32", value=2.0, low=None, high=None, size=1 << 20, **changes):
+    family, shape, dtype, *layout = name.split()
+    speedup = Interval(value, low or 0.9 * value, high or 1.1 * value)
+    share = Interval(0.5, 0.4, 0.6)
+    fields = dict(
+        name=name, family=family, part="suite", pattern="[n] c", shape=tuple(map(int, shape.split("x"))), dtype=dtype,
+        layout=layout[0] if layout else "contiguous", params="f32", size=size, passes=(3, 5), kernel="cpu",
+        timings=tuple(records.Timing(n, Interval(1e-3, 9e-4, 2e-3)) for n in ("ours", "eager")), share=share,
+        eager_share=Interval(0.2, 0.1, 0.3), speedup=speedup, eval_share=share, eval_speedup=speedup, compiled=None,
+        error=0.1, rounds=9, dropped=0,
+    )  # fmt: skip
+    return records.NormSpeed(**(fields | changes))
+
+
+def model_speed(name, step=1.2, saved=(100, 50, 20)):
+    names = ("torch", "accelerated", "bare")
+    return records.ModelSpeed(
+        name=name,
+        layout="contiguous",
+        shape=(8, 3, 16, 16),
+        parameters=10,
+        changed=2,
+        timings=tuple(records.Timing(n, Interval(0.1, 0.1, 0.1)) for n in (*names, *(f"{n}, eval" for n in names))),
+        step=Interval(step, step - 0.1, step + 0.1),
+        step_share=Interval(0.4, 0.3, 0.5),
+        evaluation=Interval(1.0, 0.9, 1.1),
+        evaluation_share=None,
+        memory=tuple(records.ModelMemory(n, size, 2 * size) for n, size in zip(names, saved, strict=True)),
+        rounds=5,
+        dropped=1,
+    )
+
+
+def judged(measured, models=()):
+    return {target.text.partition(":")[0]: target for target in targets.judge(measured, models)}
+
+
+def test_geometric_mean_and_its_interval():
+    mean = targets.geometric_mean([Interval(2.0, 1.0, 4.0), Interval(8.0, 4.0, 16.0)])
+    assert mean.value == pytest.approx(4.0)
+    # Each has ln 2 to either side: √2·ln 2/2 for the mean of both.
+    assert math.log(mean.high / mean.value) == pytest.approx(math.log(2) / math.sqrt(2))
+    assert math.log(mean.value / mean.low) == pytest.approx(math.log(2) / math.sqrt(2))
+
+
+def test_targets_are_met_missed_or_open():
+    found = judged([speed(value=3.5), speed("RMS 8x4 bf16", value=12.0)])
+    assert found["BatchNorm float32 contiguous"].verdict == "met"
+    assert found["RMSNorm bfloat16"].verdict == "missed"
+    assert found["GroupNorm bfloat16 channels_last"].verdict == "open"
+    assert found["forward + backward"].measured.value == pytest.approx(
+        0.5 * 8 / 5
+    )  # the second of that name: the plan's
+    assert found["architectures measured"].verdict == "open"
+
+
+def test_families_are_told_apart():
+    others = [
+        speed("GN 2x3x4x5 bf16"),
+        speed("GN 2x3x4x5 f32 cl"),
+        speed("IN 2x3x4x5 f32"),
+        speed("LN2d 2x3x4x5 f32 cl"),
+    ]
+    found = judged(others)
+    for name in ("GroupNorm bfloat16 channels_last", "InstanceNorm channels_last", "channels-first LayerNorm"):
+        assert found[name].verdict == "open"
+
+
+@pytest.mark.parametrize(
+    ("value", "high", "size", "verdict"),
+    [
+        (0.95, 0.99, 1 << 20, "missed"),
+        (0.95, 1.01, 1 << 20, "met"),
+        (0.88, 0.91, 1024, "met"),
+        (0.8, 0.89, 1024, "missed"),
+    ],
+)
+def test_slower_than_eager_beyond_the_interval(value, high, size, verdict):
+    target = judged([speed(value=5.0), speed("LN 4x5 f32", value=value, high=high, size=size)])["every case"]
+    assert target.verdict == verdict
+    assert target.measured.value == value
+    assert "LN 4x5 f32" in target.detail
+
+
+def test_targets_of_architectures():
+    models = [model_speed(f"net {k}", saved=(100, 50 + 10 * k, 20)) for k in range(8)]
+    models.append(model_speed("net 0 cl"))
+    found = judged([], models)
+    assert (found["architectures measured"].measured.value, found["architectures measured"].verdict) == (8.0, "met")
+    assert found["every training step"].verdict == "met"
+    assert found["saved for backward"].measured.value == pytest.approx(0.8)
+    assert found["training step"].measured.value == pytest.approx(0.4)
+    assert found["evaluation"].verdict == "open"
+    assert judged([], [model_speed("slow", step=0.8)])["every training step"].verdict == "missed"
+
+
+def example(**changes):
+    fields = dict(
+        cases=(
+            speed("BN 32x64x56x56 f32"), speed("BN 32x64x56x56 bf16 cl", compiled=Interval(3.0, 2.0, 4.0)),
+            speed("RMS 8x1024x1024 bf16", value=0.5), speed("LN 64x256 f32", part="sweep"),
+        ),
+        models=(model_speed("ResNet-18"),), targets=targets.judge([speed()], [model_speed("ResNet-18")]),
+        notes=("no architectures: <timm> & [bold]more[/bold]",), device="cpu", threads=2,
+        kernels=("cpu: compiled loops (avx2), float32", "eager: torch operators"), command="normscope bench",
+        started="2026-01-01T00:00:00+00:00", seconds=12.0, machine=records.Machine.measure(),
+    )  # fmt: skip
+    return records.Benchmark(**(fields | changes))
+
+
+def printed(record):
+    console = Console(width=benchmarks.WIDTH, file=io.StringIO())
+    benchmarks.print_benchmark(record, console)
+    return console.file.getvalue()
+
+
+def test_the_table_shows_every_number():
+    text = printed(example())
+    row = next(line for line in text.splitlines() if "BN 32x64x56x56 f32" in line).split()
+    assert row == [
+        "BN",
+        "32x64x56x56",
+        "f32",
+        "1",
+        "MB",
+        "1,000",
+        "2.00",
+        "0.50",
+        "0.40–0.60",
+        "0.80",
+        "5.2",
+        "0.50",
+        "2.00",
+    ]
+    row = next(line for line in text.splitlines() if line.strip().startswith("ResNet-18")).split()
+    assert row[:8] == ["ResNet-18", "100", "1.20", "1.10–1.30", "0.40", "100", "1.00", "–"]
+    assert "no architectures: <timm> & [bold]more[/bold]" in text
+    assert re.search(r"BN 32x64x56x56 bf16 cl\s+3.00\s+2.00–4.00", text)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= benchmarks.WIDTH
+    assert "…" not in text
+
+
+def test_the_table_of_a_real_run_fits(record):
+    text = printed(record)
+    assert all(case.name in text for case in record.cases)
+    assert "…" not in text
+
+
+def test_the_picture_shows_the_suite(record):
+    hostile = example(notes=(), kernels=("cpu: <script>&", "eager"))
+    for shown in (hostile, record, example(cases=())):
+        svg = ET.fromstring(benchmarks.draw_benchmark(shown))
+        tags = [element.tag.rpartition("}")[2] for element in svg.iter()]
+        assert "script" not in tags
+        words = [element.text for element in svg.iter() if element.text]
+        bars = [case for case in shown.cases if case.part == "suite"]
+        assert tags.count("rect") == 3 + 2 * len(bars)
+        assert sum(f"{case.share.value:.2f}" in words for case in bars) == len(bars)
+        assert all(float(e.get("width", 1)) >= 0 for e in svg.iter())
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, small):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 3)
+    return lambda *arguments: CliRunner().invoke(cli.main, ["bench", *arguments])
+
+
+def test_the_command_writes_table_json_and_picture(call, tmp_path):
+    result = call("--quick", "--select", "LN*f32", "--threads", "1", "--output", "deep/er")
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "deep" / "er"
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "bench.svg", "bench.txt"]
+    assert (folder / "bench.txt").read_text(encoding="utf-8") == result.stdout
+    record = records.from_json(records.Benchmark, (folder / "bench.json").read_text(encoding="utf-8"))
+    assert record.command == "normscope bench --quick --select 'LN*f32' --threads 1"
+    assert [case.name for case in record.cases] == ["LN 3x5x17 f32"]
+    assert "target" in result.stdout
+
+
+def test_the_command_prints_json(call):
+    result = call("--quick", "--select", "RMS", "--format", "json", "--architectures")
+    assert result.exit_code == 0, result.output
+    body = json.loads(result.stdout)
+    assert body["record"] == "Benchmark"
+    assert body["command"].endswith("--architectures")
+
+
+@pytest.mark.parametrize("arguments", [("--select", "zebra"), ("--threads", "0"), ("--device", "tpu"), ("--nothing",)])
+def test_wrong_usage(call, arguments):
+    assert call(*arguments).exit_code == 2
+
+
+def test_a_folder_that_cannot_be_made(call, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = call("--output", "file/below")
+    assert result.exit_code == 2
+    assert "cannot create" in result.stderr
