@@ -9,12 +9,13 @@ ifneq ($(wildcard ../shared/data),)
 export NORMSCOPE_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help demo test check bench format clean
+.PHONY: help demo test check bench sanitize format clean
 help:
 	@echo "make demo    what Batch Normalization does, on real data, as figures and a page in normscope-demo/"
 	@echo "make test    all tests"
 	@echo "make check   format, lint, types, architecture"
 	@echo "make bench   speed against eager torch and against copying, up to 15 minutes, in normscope-bench/"
+	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make clean   remove the virtual environment and caches"
 
@@ -41,6 +42,17 @@ check: $(READY)
 bench: $(READY)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt timm
 	$(BIN)/normscope bench --output normscope-bench
+
+# A copy of the package with its kernels built under the address and undefined-behaviour sanitizers, and the kernel tests.
+SANITIZE  := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZED := build/sanitized
+sanitize: $(READY)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/source
+	git ls-files -z | xargs -0 cp --parents --target-directory $(SANITIZED)/source
+	NORMSCOPE_CXXFLAGS="$(SANITIZE)" $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED)/site $(SANITIZED)/source
+	PYTHONPATH=$(SANITIZED)/site ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest tests/test_kernels.py
 
 format: $(READY)
 	$(BIN)/ruff format .

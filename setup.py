@@ -25,6 +25,7 @@ OBJECT = SOURCES / "libnormscope.so"
 # Never -ffast-math: linked with it, the object would set flush-to-zero for the whole process when it loads.
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # stable ABI of torch 2.10
+FLAGS += os.environ.get("NORMSCOPE_CXXFLAGS", "").split()  # make sanitize adds its own
 X86 = {"baseline": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
 
 
@@ -57,7 +58,7 @@ def build(cxx, include):
         folder = Path(temporary)
         jobs = dict(units(include, folder))
         list(pool.map(lambda job: subprocess.run([cxx, *FLAGS, *job[1], "-o", str(job[0])], check=True), jobs.items()))
-        link = [cxx, "-shared", "-o", str(OBJECT), *map(str, jobs)]
+        link = [cxx, *FLAGS, "-shared", "-o", str(OBJECT), *map(str, jobs)]
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
         else:  # a stub of the right name: no path of the build machine gets into the object

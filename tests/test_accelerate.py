@@ -1,5 +1,6 @@
 """accelerate and to_torch: the same numbers, fewer calls, and the module's own forward whenever something differs."""
 
+import collections
 import contextlib
 import copy
 import functools
@@ -475,12 +476,23 @@ def by_type(self, x):
 
 
 def by_config(self, x):
-    return plain(self, x) if self.__dict__["_modules"] and self.settings["on"] else x
+    return plain(self, x) if self.settings.on else x
 
 
 def with_settings():
     line = Line(by_config)
-    line.settings = {"on": True}
+    line.settings = types.SimpleNamespace(on=True)
+    return line
+
+
+def collects(self, x):
+    self.outputs.append(x)
+    return plain(self, x)
+
+
+def with_outputs():
+    line = Line(collects)
+    line.outputs = []
     return line
 
 
@@ -574,7 +586,8 @@ LEFT = {
     "asks for gradients": (lambda: Line(by_gradients), {"": "whether gradients or autocast"}),
     "asks for a value": (lambda: Line(by_value), {"": "by the value of a tensor"}),
     "asks for a type": (lambda: Line(by_type), {"": "type of a value"}),
-    "asks a dictionary": (with_settings, {"": "'settings', a dict"}),
+    "asks an object": (with_settings, {"": "'settings', a SimpleNamespace"}),
+    "collects outputs": (with_outputs, {"": "state of its own"}),
     "a constant": (lambda: Line(makes_a_constant), {"": "makes a tensor"}),
     "runs without gradients": (lambda: Line(without_gradients), {"": "modes of its own"}),
     "switches autocast off": (lambda: Line(in_float32), {"": "modes of its own"}),
@@ -647,40 +660,51 @@ class Watched(Basic):
     def __init__(self):
         super().__init__()
         self.scale, self.pair, self.after = 1.0, (1, 2), nn.Identity()
+        self.options, self.order = {"twice": False}, [0]
 
     def forward(self, x, shift=None, *, flag=False):
         if flag:
             return x
         y = super().forward(x)
         y = y if shift is None else y + shift
+        y = 2 * y if self.options["twice"] else y + self.order[0]
         return self.after(y) * self.scale * self.pair[0]
 
 
-def silu(module, args, y):
-    return F.silu(y)
+def double(module, args, y):
+    return 2 * y
 
 
-def set_in(dictionary, **values):
+def set_in(dictionary, values):
     dictionary.update(values)
 
 
 CHANGES = {
-    "a hook on the ReLU": lambda m: m.relu.register_forward_hook(lambda m, args, y: 2 * y),
+    "a hook on the ReLU": lambda m: m.relu.register_forward_hook(double),
+    "a hook put in by hand": lambda m: set_in(m.relu._forward_hooks, {-1: double}),
+    "hooks in another dictionary": lambda m: (
+        setattr(m.relu, "_forward_hooks", collections.OrderedDict()),
+        m.relu.register_forward_hook(double),
+    ),
     "a hook on a normalizer": lambda m: m.bn1.register_forward_hook(lambda m, args, y: y.abs()),
     "a hook before": lambda m: m.bn2.register_forward_pre_hook(lambda m, args: (2 * args[0],)),
     "a backward hook": lambda m: m.conv2.register_full_backward_hook(lambda m, gi, go: (3 * gi[0],)),
     "an override": lambda m: setattr(m.relu, "forward", torch.sigmoid),
     "another activation": lambda m: setattr(m, "relu", nn.SiLU()),
-    "another activation in the dictionary": lambda m: set_in(m._modules, relu=nn.SiLU()),
+    "another activation in the dictionary": lambda m: set_in(m._modules, {"relu": nn.SiLU()}),
     "another normalizer": lambda m: setattr(m, "bn1", nn.InstanceNorm2d(C)),
     "an activation in the normalizer": lambda m: (
-        m.bn1.set_activation("silu") if isinstance(m.bn1, ns.nn.BatchNorm2d) else m.bn1.register_forward_hook(silu)
+        m.bn1.set_activation("silu")
+        if isinstance(m.bn1, ns.nn.BatchNorm2d)
+        else setattr(m, "bn1", nn.Sequential(m.bn1, nn.SiLU()))
     ),
     "a module where none was": lambda m: setattr(m, "downsample", nn.Conv2d(C, C, 1)),
     "a module more": lambda m: m.add_module("more", nn.ReLU()),
     "an identity no more": lambda m: setattr(m, "after", nn.Tanh()),
     "a number": lambda m: setattr(m, "scale", 2.0),
     "a tuple": lambda m: setattr(m, "pair", (3, 4)),
+    "an entry": lambda m: m.options.update(twice=True),
+    "an element": lambda m: m.order.insert(0, 1),
     "a class": lambda m: setattr(m.bn2, "__class__", nn.BatchNorm2d),
     "a class of the ReLU": lambda m: setattr(m.relu, "__class__", nn.Sigmoid),
     "torch's conversion": lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m),
@@ -750,6 +774,15 @@ def test_a_residual_of_another_shape_or_dtype_is_added_as_before():
     assert chains(model) == ["norm + residual → relu", "norm2 + residual → relu"]
     assert_same(model(x), before(x), 1e-5)
     assert_same(model(x), before(x), 1e-5)
+
+
+def test_a_replica_with_children_of_its_own():
+    model, x = shaken(Basic).eval(), images()
+    ns.accelerate(model)
+    model(x)
+    replica = copy.copy(model)  # as DataParallel makes them
+    replica._modules = dict(model._modules, relu=nn.SiLU())
+    torch.testing.assert_close(replica(x), ns.to_torch(copy.deepcopy(replica)).model(x))
 
 
 def test_global_hooks_see_every_module():

@@ -373,8 +373,7 @@ def test_evaluation_uses_running_statistics_and_builds_no_graph():
 # --- a run --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small(monkeypatch):
+def shrink(monkeypatch):
     """The suite with small tensors, nothing compiled, no architectures."""
     chosen = tuple(QUICK)
     run_module = sys.modules["normscope.bench.run"]
@@ -386,6 +385,11 @@ def small(monkeypatch):
     return run_module
 
 
+@pytest.fixture
+def small(monkeypatch):
+    return shrink(monkeypatch)
+
+
 QUICKLY = Settings(seconds=20.0, quick=True)
 
 
@@ -393,7 +397,7 @@ QUICKLY = Settings(seconds=20.0, quick=True)
 def record():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "MOST_ROUNDS", 3)
-        small.__wrapped__(patch)
+        shrink(patch)
         return run(QUICKLY, command="normscope bench --quick")
 
 
@@ -467,6 +471,18 @@ def test_without_timm_the_rest_runs(small, monkeypatch):
     assert len(record.cases) == 1
     assert record.models == ()
     assert "pip install timm" in record.notes[0]
+
+
+def test_a_model_that_cannot_be_accelerated_is_a_note(small, monkeypatch):
+    def refuses(*_):
+        raise ProofError("the outputs differ")
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace())
+    monkeypatch.setattr(small, "ARCHITECTURES", architectures.ARCHITECTURES[:2])
+    monkeypatch.setattr(architectures, "measure", refuses)
+    record = run(Settings(("mobile",), seconds=10.0))
+    assert record.models == ()
+    assert record.notes == tuple(f"MobileNetV2{cl}: not accelerated: the outputs differ" for cl in ("", " cl"))
 
 
 # --- architectures ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.profiler import ProfilerActivity, profile
 
 import normscope as ns
-from normscope.bench.timing import clock_of, interleave
+from normscope.bench.timing import Call, clock_of, interleave
 from normscope.errors import DependencyError
 from normscope.records import ModelMemory, ModelSpeed, Timing
 
@@ -42,7 +43,7 @@ class Architecture:
 
     @property
     def layouts(self) -> tuple[str, ...]:
-        """A transformer has no maps whose layout could be chosen."""
+        """Those to measure; a transformer has no maps that could lie otherwise."""
         return tuple(LAYOUTS) if self.images else ("contiguous",)
 
     def label(self, layout: str) -> str:
@@ -120,7 +121,7 @@ def measure(architecture: Architecture, layout: str, timm: Any, seconds: float, 
     report = ns.accelerate(plain, x, copy=True)
     models = {"torch": plain, "accelerated": report.model, "bare": _bare(copy.deepcopy(plain))}
     g = torch.randn_like(plain(x))
-    memory = tuple(_memory(name, model, x, g) for name, model in models.items())
+    memory = tuple(ModelMemory(name, _saved(model, x), _peak(model, x, g)) for name, model in models.items())
     alternatives = dict(_alternatives(models, x, g))
     rounds = interleave(alternatives, seconds, clock_of(device))
     return ModelSpeed(
@@ -149,14 +150,12 @@ def _bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _alternatives(models: Mapping[str, nn.Module], x: Tensor, g: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+def _alternatives(models: Mapping[str, nn.Module], x: Tensor, g: Tensor) -> Iterator[tuple[str, Call]]:
     for name, model in models.items():
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        yield name, lambda m=model, o=optimizer: _step(m, o, x, g)  # type: ignore[misc]
+        yield name, partial(_step, model, torch.optim.SGD(model.parameters(), lr=0.0), x, g)
     for name, model in models.items():
-        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        still = copy.deepcopy(model, dict(shared)).eval()
-        yield f"{name}, eval", lambda m=still: _evaluate(m, x)  # type: ignore[misc]
+        shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        yield f"{name}, eval", partial(_evaluate, copy.deepcopy(model, shared).eval(), x)
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, g: Tensor) -> None:
@@ -170,12 +169,8 @@ def _evaluate(model: nn.Module, x: Tensor) -> None:
         model(x)
 
 
-def _memory(name: str, model: nn.Module, x: Tensor, g: Tensor) -> ModelMemory:
-    """What one step keeps for its backward, and how much it holds at its highest, beyond parameters and input."""
-    return ModelMemory(name, _saved(model, x), _peak(model, x, g))
-
-
 def _saved(model: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward keeps for its backward, beyond parameters, buffers and input."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
     kept: dict[int, Tensor] = {}  # alive, so that no address is used twice
 

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["bench"]
 
-# Of the 15 minutes and of the one minute that a run may take, what the last case and the imports need is left.
-FULL, QUICK = 810.0, 45.0
-
 
 @main.command(short_help="How fast it is here, against eager torch and against copying the tensor.")
 @click.option("--quick", is_flag=True, help="Ten cases in a minute; nothing compiled, no architectures.")
@@ -55,14 +52,15 @@ def bench(
     """
     from rich.console import Console
 
-    from normscope.bench import Settings, run
+    from normscope.bench import FULL_SECONDS, QUICK_SECONDS, Settings, run
     from normscope.report import benchmarks
 
     if output is not None:
         _make_folder(output)
     if architectures is None:
         architectures = not quick
-    settings = Settings(select, quick, architectures, device, threads, seconds=QUICK if quick else FULL)
+    seconds = QUICK_SECONDS if quick else FULL_SECONDS
+    settings = Settings(select, quick, architectures, device, threads, seconds)
     with progress("timing", still=True) as tell:
         record = run(settings, command=_command(settings), tell=tell)
     if output is not None:

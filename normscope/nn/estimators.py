@@ -356,7 +356,7 @@ class EvalNorm(BatchEstimator):
         self.alpha_init_value = alpha_init_value
         self.mean_weight = Parameter(torch.full((num_features,), alpha_init_value, device=device, dtype=dtype))
         self.var_weight = Parameter(torch.full((num_features,), alpha_init_value, device=device, dtype=dtype))
-        # A result of the forward: what only a backward needs, torch.compile computes there, with buffers that have moved.
+        # A result of the forward: what only a backward needs, torch.compile computes there, from moved buffers.
         self.register_buffer("loss", torch.zeros((), device=device, dtype=torch.float32), persistent=False)
 
     def reset_parameters(self) -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from normscope.records import Benchmark, Interval, ModelSpeed, NormSpeed, Target
 from normscope.report import words
-from normscope.report.html import _environment
+from normscope.report.html import environment
 
 __all__ = ["WIDTH", "draw_benchmark", "print_benchmark"]
 
@@ -195,7 +195,7 @@ def draw_benchmark(record: Benchmark) -> str:
             rows.append((y + 15, f"{shape}{' channels_last' if channels_last else ''}"))
             bars += [_bar(case, panels[case.dtype], y, scale) for case in same]
             y += ROW
-    return _environment().get_template("benchmark.svg.j2").render(
+    return environment().get_template("benchmark.svg.j2").render(
         about=_about(record),
         width=LABEL + len(shown) * (PANEL + GAP),
         height=y + 40,

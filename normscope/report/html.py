@@ -14,7 +14,7 @@ from normscope.report import charts, words
 from normscope.report.charts import Bar, Chart
 from normscope.report.figures import Panel
 
-__all__ = ["figure1_page", "render_check"]
+__all__ = ["environment", "figure1_page", "render_check"]
 
 SEVERITY = {"E": "error", "W": "warning", "I": "hint"}
 
@@ -46,7 +46,7 @@ def render_check(record: CheckRecord, fix: FixRecord | None = None) -> str:
     """The page of a check, and of the repair that followed; every text is escaped."""
     taken: set[str] = set()
     diagnoses = [_diagnosis(record, finding, taken) for finding in words.causes(record.findings)]
-    return _environment().get_template("check.html.j2").render(
+    return environment().get_template("check.html.j2").render(
         record=record,
         fix=fix,
         verdict=words.verdict(record),
@@ -129,7 +129,7 @@ def figure1_page(
     patients = () if clinic is None else clinic.patients
     pictures = [(panel.caption, Markup(panel.svg)) for panel in panels]  # noqa: S704 - drawn by us, text escaped there
     count = len(record.rates)
-    return _environment().get_template("figure1.html.j2").render(
+    return environment().get_template("figure1.html.j2").render(
         record=record,
         accuracy=pictures[:count],
         bands=pictures[count:],
@@ -151,7 +151,8 @@ def _row(record: Figure1, rate: float) -> _Row:
     )
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates, with everything escaped and every name known."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("normscope.report", "templates"),
         autoescape=True,

@@ -248,16 +248,22 @@ def _install(module: Module, programs: tuple[Program, ...]) -> None:
 def _may_own(module: Module) -> bool:
     """Whether a module has a forward that may be rewritten."""
     return not (
-        isinstance(module, (torch.jit.ScriptModule, fx.GraphModule, nn.ModuleList, nn.ModuleDict, Layer))
+        isinstance(module, (torch.jit.ScriptModule, fx.GraphModule, Layer))
+        or _only_holds(module)
         or "forward" in vars(module)
         or type(module).__name__ == "OptimizedModule"  # of torch.compile, which fuses in its own way
     )
 
 
+def _only_holds(module: Module) -> bool:
+    """Whether a module, as ModuleList, has no forward."""
+    return type(module).forward is Module.forward
+
+
 def _near(module: Module) -> Iterator[tuple[Module, bool]]:
     """What a module may call without a module in between that has a forward of its own, and whether it alone does."""
     for child in module.children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if _only_holds(child):
             yield from _near(child)
         elif is_plain_sequential(child):
             yield from ((norm, False) for norm, _ in _near(child))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import enum
 import inspect
 import operator
@@ -46,11 +47,14 @@ _CONSTANTS = (
 
 
 def _is_constant(value: Any) -> bool:
-    return isinstance(value, _CONSTANTS) or (isinstance(value, tuple) and all(map(_is_constant, value)))
+    """Whether a program can see that a plain attribute is what it was."""
+    if isinstance(value, dict):
+        return all(map(_is_constant, (*value, *value.values())))
+    return all(map(_is_constant, value)) if isinstance(value, (tuple, list, set)) else isinstance(value, _CONSTANTS)
 
 
 def options_of(module: Module) -> dict[str, Any]:
-    """The plain attributes of a module that can only change by being set, its mode aside."""
+    """The plain attributes of a module that are no objects of somebody's class, its mode aside."""
     held = vars(module)
     return {name: held[name] for name in held.keys() - _REGISTERED - {"training"} if _is_constant(held[name])}
 
@@ -103,8 +107,14 @@ class _Tracer(fx.Tracer):
         self.inlined: dict[Path, None] = {}
         self.refused: UntraceableError | None = None
         self.modes, self.inside = _modes(), False
-        with self._reading():
-            self.trace(owner)
+        self.open: dict[int, tuple[Any, Any]] = {}
+        try:
+            with self._reading():
+                self.trace(owner)
+        finally:
+            kept = [_bring_back(value, was) for value, was in self.open.values()]
+        if any(kept):
+            raise UntraceableError("it keeps a state of its own")
         if self.refused is not None:  # and the code has caught it
             raise self.refused
 
@@ -137,7 +147,9 @@ class _Tracer(fx.Tracer):
             self.refuse(f"it reads {name!r}, a {type(value).__name__}, which may change without notice")
         if module not in self.names:
             self.refuse(f"it reads {name!r} of a module that it does not hold")
-        self.reads[self.names[module], name] = value
+        self.reads.setdefault((self.names[module], name), copy.deepcopy(value))
+        if isinstance(value, (dict, list, set)):
+            self.open[id(value)] = value, copy.copy(value)
 
     def create_args_for_root(self, root_fn: Any, *_: Any) -> tuple[Any, list[Any]]:
         """Make the arguments that have no default, or all."""
@@ -208,6 +220,16 @@ class _Tracer(fx.Tracer):
     def to_bool(self, _: fx.Proxy) -> bool:
         """Refuse to choose a branch by a value."""
         self.refuse("it chooses between branches by the value of a tensor")
+
+
+def _bring_back(value: Any, was: Any) -> bool:
+    """Undo what was done to a list, dictionary or set; whether it was."""
+    now, then = ([*v.items()] if isinstance(v, dict) else [(each,) for each in v] for v in (value, was))
+    if len(now) == len(then) and all(a is b for x, y in zip(now, then, strict=True) for a, b in zip(x, y, strict=True)):
+        return False
+    value.clear()
+    value.extend(was) if isinstance(value, list) else value.update(was)
+    return True
 
 
 def _modes() -> tuple[Any, ...]:

@@ -160,14 +160,16 @@ class Program:
             return None
         held = [at(module, path)._modules for path, _ in self.structure]
         chained = [at(module, path) for path in (*self.norms, *self.bypassed)]
-        plain = [(vars(at(module, path)), name) for path, name, _ in self.attributes]
-        plain += [(vars(at(module, path)), "activation") for path in self.norms]
-        plain += [(vars(each), "forward") for each in chained]
+        # What may be changed in place is compared with what it was, the rest with what it is.
+        plain = [(vars(at(module, path)), name, value) for path, name, value in self.attributes]
+        switches = [(vars(at(module, path)), "activation") for path in self.norms]
+        switches += [(vars(each), "forward") for each in chained]
+        plain += [(d, name, d.get(name, _ABSENT)) for d, name in switches]
         return _Watch(
             RemovableHandle.next_id,
             tuple((d, tuple(d.values()), tuple(map(type, d.values()))) for d in held),
-            tuple(plain),
-            [d.get(name, _ABSENT) for d, name in plain],
+            tuple((d, name) for d, name, _ in plain),
+            [value for *_, value in plain],
             tuple(hooks for each in chained for hooks in _hooks(each)),
         )
 
