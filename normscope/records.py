@@ -574,6 +574,7 @@ class NormSpeed:
         error: The largest error of ours against float64, as a share of the tolerance.
         rounds: How many were kept.
         dropped: How many were disturbed and are not among them.
+        calm: Whether those kept were undisturbed; otherwise the figures mean nothing.
     """
 
     name: str
@@ -597,6 +598,7 @@ class NormSpeed:
     error: float
     rounds: int
     dropped: int
+    calm: bool
 
     @property
     def plan_share(self) -> Interval:
@@ -641,6 +643,7 @@ class ModelSpeed:
         evaluation: As step, in evaluation mode.
         evaluation_share: As step_share.
         memory: Of the three models.
+        calm: As for a case.
     """
 
     name: str
@@ -656,13 +659,14 @@ class ModelSpeed:
     memory: tuple[ModelMemory, ...]
     rounds: int
     dropped: int
+    calm: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """What the bench is to show: a goal for one number, and what was measured.
 
-    `open` means that the cases it is about were not measured.
+    `open` means that the cases it is about were not measured, or on a busy machine, or that no goal is set.
     """
 
     text: str

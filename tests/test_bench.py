@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
@@ -190,24 +191,27 @@ def test_a_gate_at_zero_follows_the_result():
 
 
 class FakeClock:
-    """A call takes what a script says, and time passes by that and nothing else."""
+    """A call takes what a script says, and time passes by that and nothing else; a share of it was spent waiting."""
 
-    def __init__(self, **scripts):
+    def __init__(self, waiting=(0.0,), **scripts):
+        self.waiting = itertools.cycle(waiting)
         self.scripts = {name: itertools.cycle(script) for name, script in scripts.items()}
         self.calls = {name: (lambda name=name: name) for name in scripts}
         self.seen = []
-        self.now = 0.0
+        self.now = self.waited = 0.0
 
     def __call__(self, call, repeats):
         name = call()
         self.seen.append((name, repeats, gc.isenabled()))
         taken = repeats * next(self.scripts[name])
         self.now += taken
+        self.waited += taken * next(self.waiting)
         return taken
 
     def interleave(self, seconds):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(timing.time, "perf_counter", lambda: self.now)
+            patch.setattr(timing, "_waited", lambda: self.waited)
             return timing.interleave(self.calls, seconds, self)
 
 
@@ -245,7 +249,7 @@ def test_disturbed_rounds_are_dropped_and_repeated():
     rounds = clock.interleave(0.02)
     assert set(rounds.seconds["b"]) == {1e-3}
     assert rounds.count == len(rounds.seconds["a"]) == timing.ENOUGH_ROUNDS
-    assert rounds.dropped == 2
+    assert (rounds.dropped, rounds.calm) == (2, True)
 
 
 def test_a_machine_that_is_never_calm_ends_after_three_times_the_time():
@@ -261,6 +265,25 @@ def test_without_calm_rounds_the_calmest_count():
     rounds = clock.interleave(0.01)
     assert rounds.count == timing.LEAST_ROUNDS
     assert rounds.seconds["a"] == sorted(rounds.seconds["a"])
+    assert not rounds.calm
+
+
+def test_waiting_for_a_processor_is_a_disturbance_even_if_it_never_ends():
+    steady = {"a": [16e-3], "b": [16e-3]}  # what a scheduler's slice makes of anything
+    assert FakeClock(waiting=[0.02], **steady).interleave(0.1).calm
+    assert not FakeClock(waiting=[0.5], **steady).interleave(0.1).calm
+    # Two calls warm each of the two up; then every other round waits.
+    rounds = FakeClock(waiting=[0, 0, 0, 0, 0, 0, 0.9, 0.9], **steady).interleave(0.1)
+    assert rounds.calm
+    assert rounds.dropped > 0
+
+
+def test_waiting_is_measured():
+    before = timing._waited()
+    assert 0 <= before <= timing._waited()
+    if Path("/proc/self/schedstat").exists():
+        seconds = int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+        assert timing._waited() >= seconds  # of the first thread alone
 
 
 def test_calm_machines_end_early():
@@ -269,7 +292,7 @@ def test_calm_machines_end_early():
 
 
 def test_ratios_are_of_rounds_and_medians():
-    rounds = timing.Rounds({"a": [2.0, 40.0, 6.0], "b": [1.0, 10.0, 2.0], "c": [1.0, 1.0, 1.0]}, 0)
+    rounds = timing.Rounds({"a": [2.0, 40.0, 6.0], "b": [1.0, 10.0, 2.0], "c": [1.0, 1.0, 1.0]}, 0, True)
     assert rounds.time("a") == Interval(6.0, 2.0, 40.0, "s")
     assert rounds.ratio("a", "b") == Interval(3.0, 2.0, 4.0)
     assert rounds.gain("a", "b", "c").value == pytest.approx(4 / 5)
@@ -303,7 +326,7 @@ def called(monkeypatch):
 
     def fixed(alternatives, *_):
         calls.update(alternatives)
-        return timing.Rounds({name: [FIXED.get(name, 1.0)] * 3 for name in alternatives}, 4)
+        return timing.Rounds({name: [FIXED.get(name, 1.0)] * 3 for name in alternatives}, 4, False)
 
     monkeypatch.setattr(suite, "interleave", fixed)
     monkeypatch.setattr(architectures, "interleave", fixed)
@@ -329,7 +352,7 @@ def test_a_case_is_measured(called):
     assert (record.share.value, record.eager_share.value, record.speedup.value) == (0.5, 0.125, 4.0)
     assert (record.eval_share.value, record.eval_speedup.value, record.compiled.value) == (0.5, 1.5, 3.0)
     assert record.plan_share.value == 0.5 * sum(record.passes) / 5
-    assert (record.rounds, record.dropped) == (3, 4)
+    assert (record.rounds, record.dropped, record.calm) == (3, 4, False)
     assert not called["ours, eval"]().requires_grad
     assert [t.dtype for t in called["ours"]()] == [torch.bfloat16, torch.float32, torch.float32]
 
@@ -578,7 +601,7 @@ def speed(name="BN 2x3x4x5 f32", value=2.0, low=None, high=None, size=1 << 20, *
         layout=layout[0] if layout else "contiguous", params="f32", size=size, passes=(3, 5), kernel="cpu",
         timings=tuple(records.Timing(n, Interval(1e-3, 9e-4, 2e-3)) for n in ("ours", "eager")), share=share,
         eager_share=Interval(0.2, 0.1, 0.3), speedup=speedup, eval_share=share, eval_speedup=speedup, compiled=None,
-        error=0.1, rounds=9, dropped=0,
+        error=0.1, rounds=9, dropped=0, calm=True,
     )  # fmt: skip
     return records.NormSpeed(**(fields | changes))
 
@@ -599,6 +622,7 @@ def model_speed(name, step=1.2, saved=(100, 50, 20)):
         memory=tuple(records.ModelMemory(n, size, 2 * size) for n, size in zip(names, saved, strict=True)),
         rounds=5,
         dropped=1,
+        calm=True,
     )
 
 
@@ -663,6 +687,22 @@ def test_targets_of_architectures():
     assert found["training step"].measured.value == pytest.approx(0.4)
     assert found["evaluation"].verdict == "open"
     assert judged([], [model_speed("slow", step=0.8)])["every training step"].verdict == "missed"
+
+
+def test_a_busy_machine_decides_nothing():
+    busy = dataclasses.replace(speed(value=3.5), calm=False)
+    found = judged([busy, speed(value=3.5)], [dataclasses.replace(model_speed("net"), calm=False)])
+    assert found["BatchNorm float32 contiguous"].verdict == "open"
+    assert found["BatchNorm float32 contiguous"].detail == "1 of 2 on a busy machine"
+    assert found["every case"].verdict == "open"
+    assert found["every training step"].verdict == "open"
+    assert found["training step"].measured is None
+    assert found["architectures measured"].verdict == "open"
+    # One that was measured calmly and is slow is slow.
+    assert judged([busy, speed(value=0.5)])["every case"].verdict == "missed"
+    text = printed(example(cases=(busy,)))
+    assert f"{busy.name} !" in text
+    assert "1 measured on a busy machine" in text
 
 
 def example(**changes):

@@ -509,3 +509,15 @@ def test_inference_mode_is_fine():
     close(layer, oracle(batches, "population"))
     with contextlib.suppress(KeyError):
         layer.train()(batches[0]).sum().backward()
+
+
+def test_layers_whose_statistics_are_not_theirs_to_measure():
+    model = nn.ModuleDict(
+        {"steps": ns.nn.RecurrentBatchNorm(4, 3), "frozen": ns.nn.FrozenBatchNorm(4), "plain": nn.BatchNorm1d(4)}
+    )
+    call = lambda m, x: [m["steps"](x[None]), m["frozen"](x), m["plain"](x)]  # noqa: E731
+    before = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("plain")}
+    report = ns.recalibrate(model, [torch.randn(8, 4)] * 2, forward=call)
+    assert report.changed == ("plain",)
+    assert dict(report.skipped).keys() >= {"frozen", "steps"}
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())

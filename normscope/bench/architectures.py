@@ -138,6 +138,7 @@ def measure(architecture: Architecture, layout: str, timm: Any, seconds: float, 
         memory=memory,
         rounds=rounds.count,
         dropped=rounds.dropped,
+        calm=rounds.calm,
     )
 
 

@@ -73,6 +73,7 @@ def measure(case: Case, seconds: float, device: torch.device, compiled: Norm | N
         error=error,
         rounds=rounds.count,
         dropped=rounds.dropped,
+        calm=rounds.calm,
     )
 
 

@@ -234,7 +234,7 @@ def flat(t: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
         t = t.expand([shape[i] if i in order else n for i, n in enumerate(t.shape)])
     if list(order) != sorted(order):
         t = t.permute(*order, *(i for i in range(t.dim()) if i not in order))
-    return t.reshape(-1)
+    return t.reshape(-1).contiguous()
 
 
 def unflat(t: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:

@@ -42,6 +42,10 @@ def print_benchmark(record: Benchmark, console: Console) -> None:
         tables.append(_compiled(record.cases))
     if record.models:
         tables.append(_models(record.models))
+    disturbed = sum(not measured.calm for measured in (*record.cases, *record.models))
+    if disturbed:
+        text = f"!: {disturbed} measured on a busy machine. Their figures mean nothing; run again with nothing else running."
+        tables.append(Text(text, style="bold red"))
     tables += [Text(f"note: {note}", style="dim") for note in record.notes]
     for table in (*tables, _targets(record.targets)):
         console.print(table)
@@ -68,7 +72,7 @@ def _cases(cases: Sequence[NormSpeed]) -> Table:
     table = _table(CASES_CAPTION, "case", columns)
     for case in cases:
         table.add_row(
-            case.name,
+            _name(case),
             _bytes(case.size),
             f"{case.time('ours') * 1e6:,.0f}",
             _faster(case.speedup),
@@ -85,7 +89,7 @@ def _compiled(cases: Sequence[NormSpeed]) -> Table:
     table = _table("torch.compile of norm and ReLU / ours, forward + backward.", "against torch.compile", ("×", "95%"))
     for case in cases:
         if case.compiled is not None:
-            table.add_row(case.name, *_figure(case.compiled))
+            table.add_row(_name(case), *_figure(case.compiled))
     return table
 
 
@@ -96,7 +100,7 @@ def _models(models: Sequence[ModelSpeed]) -> Table:
         times = {timing.name: timing.time.value for timing in model.timings}
         before, after, _ = model.memory
         table.add_row(
-            model.name,
+            _name(model),
             f"{times['accelerated'] * 1e3:,.0f}",
             _faster(model.step),
             _figure(model.step)[1],
@@ -123,6 +127,10 @@ def _targets(targets: Sequence[Target]) -> Table:
         verdict = Text(word, style=VERDICT_STYLE[target.verdict])
         table.add_row(target.text, goal, *_figure(target.measured), verdict, target.detail)
     return table
+
+
+def _name(measured: NormSpeed | ModelSpeed) -> Text:
+    return Text(measured.name) if measured.calm else Text(f"{measured.name} !", style="red")
 
 
 def _faster(ratio: Interval) -> Text:

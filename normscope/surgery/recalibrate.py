@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from normscope.errors import ArgumentError, DataError
 from normscope.functional.core import view_of
-from normscope.nn import Norm
+from normscope.nn import FrozenBatchNorm, Norm, RecurrentBatchNorm
 from normscope.nn.base import Layer
 from normscope.scope import SCOPES
 from normscope.surgery.find import Found, Select, find
@@ -134,8 +134,10 @@ def _unfit(found: Found, *, by_hand: bool) -> str | None:
         return "keeps no running statistics" if found.kind in ("BatchNorm", "InstanceNorm") else ""
     if any(torch.nn.parameter.is_lazy(b) for b in found.module.buffers(recurse=False)):
         return "lazy and not yet initialized: run one forward first"
-    if is_frozen(found.module):
+    if is_frozen(found.module) or isinstance(found.module, FrozenBatchNorm):
         return "frozen"
+    if isinstance(found.module, RecurrentBatchNorm):
+        return "keeps statistics per time step, which only its own recurrence can measure"
     return "in evaluation mode while the model trains, taken for frozen; name it in select= if not" if by_hand else None
 
 

@@ -285,7 +285,7 @@ void forward_across(const Forward& f) {
     }
     fill_columns(f, a, u, columns);
   };
-  with_act(f.activation, [&](auto act) {
+  with_act<T>(f.activation, [&](auto act) {
     auto apply = [&](int64_t u, int64_t b) {
       const int64_t n = a.width(u), base = a.param_base(u), c = u * a.pitch;
       const float *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
@@ -381,7 +381,7 @@ void backward_across(const Backward& f) {
       });
     }
   };
-  with_act(f.activation, [&](auto act) {
+  with_act<T>(f.activation, [&](auto act) {
     auto reduce = [&](int64_t u, int64_t b) {
       alignas(64) float first[kSegment], second[kSegment];
       std::memset(first, 0, static_cast<size_t>(a.pitch) * sizeof(float));

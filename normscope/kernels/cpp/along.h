@@ -131,7 +131,7 @@ void forward_along(const Forward& f) {
     f.low[t] = m.low;
     f.rstd[t] = m.rstd;
   };
-  with_act(f.activation, [&](auto act) {
+  with_act<T>(f.activation, [&](auto act) {
     auto apply = [&](int64_t t, int64_t b) {
       const Axis task = p.task(t);
       along.block(b, [&](int64_t offset, int64_t j, int64_t n, int64_t row) {
@@ -196,7 +196,7 @@ void backward_along(const Backward& f) {
     const double cells = f.mask ? std::max(f.count[t], 1.f) : static_cast<double>(p.cells());
     slopes[t] = slope(f, f.low[t], f.rstd[t], s.first, s.second, cells);
   };
-  with_act(f.activation, [&](auto act) {
+  with_act<T>(f.activation, [&](auto act) {
     auto reduce = [&](int64_t t, int64_t b) {
       const Axis task = p.task(t);
       const float high = f.center ? f.high[t] : 0.f, low = f.center ? f.low[t] : 0.f, rstd = f.rstd[t];

@@ -47,10 +47,13 @@ struct Function {
   void (*chain)(const float* z, float* g, int64_t n);  // g ← g · f′(z)
 };
 
-// In the order of `FUSED` in cpu.py; the first is no activation, the second runs in the loops.
+inline void keep(float*, int64_t) {}
+inline void keep(const float*, float*, int64_t) {}
+
+// In the order of `FUSED` in cpu.py; the first is no activation.
 constexpr Function kActivations[] = {
-    {nullptr, nullptr},
-    {nullptr, nullptr},
+    {keep, keep},
+    {map<Relu>, chain<Relu>},
     {map<Relu6>, chain<Relu6>},
     {map<LeakyRelu>, chain<LeakyRelu>},
     {map<Elu>, chain<Elu>},
@@ -67,10 +70,11 @@ static_assert(sizeof(kActivations) / sizeof(kActivations[0]) == kActivationCount
 
 inline Act act_of(int64_t activation) { return activation == 0 ? Act::none : activation == 1 ? Act::relu : Act::table; }
 
-// Calls f with the kind of activation as a constant.
-template <class F>
+// Calls f with the kind of activation as a constant; float16, rare on a CPU, has one kind of loop for all.
+template <class T, class F>
 void with_act(int64_t activation, F&& f) {
-  switch (act_of(activation)) {
+  if constexpr (std::is_same_v<T, F16>) return f(std::integral_constant<Act, Act::table>{});
+  else switch (act_of(activation)) {
     case Act::none: return f(std::integral_constant<Act, Act::none>{});
     case Act::relu: return f(std::integral_constant<Act, Act::relu>{});
     case Act::table: return f(std::integral_constant<Act, Act::table>{});
