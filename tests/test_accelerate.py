@@ -624,6 +624,7 @@ def test_left_alone_and_reported(name):
     assert all(reason in skipped[where] for where, reason in reasons.items())
     assert torch.equal(torch.get_rng_state(), states[0])
     assert vars(model).keys() == states[1]
+    assert not getattr(model, "outputs", [])
     if "drop" not in name:
         with torch.no_grad() if "overwritten" in name else contextlib.nullcontext():
             torch.testing.assert_close(model(x), before(x))
@@ -765,14 +766,15 @@ def test_arguments_that_are_passed_on_may_be_anything():
 
 def test_a_residual_of_another_shape_or_dtype_is_added_as_before():
     def function(self, x):
-        return self.act(self.norm(x) + self.bias), self.act(self.norm2(x) + x.double())
+        a, b, c = self.norms
+        pooled = x.mean((2, 3), keepdim=True)
+        return self.act(a(x) + self.bias), self.act(b(x) + x.double()), self.act(c(pooled) + x)
 
     model = Line(function)
-    model.bias, model.norm2 = nn.Parameter(torch.randn(C, 1, 1)), nn.BatchNorm2d(C)
+    model.bias, model.norms = nn.Parameter(torch.randn(C, 1, 1)), nn.ModuleList([nn.BatchNorm2d(C) for _ in range(3)])
     before, x = copy.deepcopy(model), images()
     ns.accelerate(model)
-    assert chains(model) == ["norm + residual → relu", "norm2 + residual → relu"]
-    assert_same(model(x), before(x), 1e-5)
+    assert chains(model) == [f"norms.{k} + residual → relu" for k in range(3)]
     assert_same(model(x), before(x), 1e-5)
 
 
@@ -1097,6 +1099,20 @@ def test_rms_norms_of_language_models(cls):
     report.undo()
     assert state_hash(model) != hashed  # the steps have moved it
     assert type(model.norm1) is cls
+
+
+@pytest.mark.parametrize("cls", [LlamaRMSNorm, GemmaRMSNorm])
+def test_rms_norms_where_the_weight_has_another_dtype(cls):
+    model, x = shaken(lambda: Line(lambda self, x: self.act(self.norm(2 * x) + x), cls(C))), torch.randn(4, C)
+    before = copy.deepcopy(model)
+    ns.accelerate(model)
+    assert chains(model) == ["norm + residual → relu"]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        a, b = model(x.to(dtype)), before(x.to(dtype))
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
+    with torch.autocast("cpu"):
+        torch.testing.assert_close(model(x), before(x))
 
 
 def test_a_name_is_no_proof():

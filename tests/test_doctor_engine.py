@@ -1292,26 +1292,25 @@ def test_every_page_has_the_eight_headings():
             assert f"{remedy} [" not in page or f"{remedy} [{REMEDIES[remedy].safety}]" in page, (code, remedy)
 
 
-@pytest.mark.parametrize("kind", ["recalibrated", "averaged"])
-def test_statistics_measured_again_hold_no_initial_values(trained, kind):
-    """40 batches at momentum 0.1 would leave 1.5 % of them, and 20 leave 12 %."""
-    alarms = []
-    for seed, count in itertools.product(range(8), (20, 40)):
+def test_statistics_measured_again_hold_no_initial_values(trained):
+    """40 batches at momentum 0.1 would leave 1.5 % of them, of which the count alone knows nothing."""
+    for seed in range(5):
         model = copy.deepcopy(trained)
-        if kind == "recalibrated":
-            recalibrate(model, batches(count, 64, seed=100 + seed), progress=False)
-            assert int(model.bn1.num_batches_tracked) == count
-        else:
-            for norm in (model.bn1, model.bn2):
-                norm.reset_running_stats()
-            with torch.no_grad():
-                for x, _ in batches(count, 64, seed=100 + seed):
-                    model.train()(x)
-        alarms.append((count, check(model.eval(), list(batches(30, 64)), select="NRM104")["NRM104"].status))
-    if kind == "recalibrated":
-        assert {status for _, status in alarms} == {"pass"}
-    else:
-        assert {status for count, status in alarms if count == 20} == {"info"}
+        recalibrate(model, batches(40, 64, seed=100 + seed), progress=False)
+        assert int(model.bn1.num_batches_tracked) == 40
+        assert check(model, batches(30, 64))["NRM104"].status == "pass"
+
+
+def test_averages_of_few_batches_hold_initial_values(trained):
+    model = copy.deepcopy(trained).train()
+    for norm in (model.bn1, model.bn2):
+        norm.reset_running_stats()
+    with torch.no_grad():
+        for x, _ in batches(20, 64, seed=100):
+            model(x)
+    verdict = check(model.eval(), batches(30, 64))["NRM104"]
+    assert (verdict.status, set(verdict.layers)) == ("info", {"bn1", "bn2"})
+    assert verdict.evidence["residual"] == pytest.approx(0.9**20)
 
 
 def test_forbidden_remedies_are_not_offered():

@@ -42,9 +42,9 @@ def print_benchmark(record: Benchmark, console: Console) -> None:
         tables.append(_compiled(record.cases))
     if record.models:
         tables.append(_models(record.models))
-    disturbed = sum(not measured.calm for measured in (*record.cases, *record.models))
+    disturbed = sum(not case.calm for case in record.cases) + sum(not model.calm for model in record.models)
     if disturbed:
-        text = f"!: {disturbed} measured on a busy machine. Their figures mean nothing; run again with nothing else running."
+        text = f"!: {disturbed} measured on a busy machine. Their figures mean nothing; run with nothing else running."
         tables.append(Text(text, style="bold red"))
     tables += [Text(f"note: {note}", style="dim") for note in record.notes]
     for table in (*tables, _targets(record.targets)):
