@@ -168,6 +168,29 @@ class Functions(nn.Module):
         return F.leaky_relu(f, 0.01) + torch.add(x, g).tanh() + F.elu(e) + h
 
 
+class ConvNorm(nn.Module):
+    """A wrapper that ends in its normalizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(C, C, 3, padding=1), nn.BatchNorm2d(C), nn.Identity()
+
+    def forward(self, x):
+        return self.last(self.norm(self.conv(x)))
+
+
+class Wrapped(nn.Module):
+    """What follows a normalizer is with another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = ConvNorm(), ConvNorm(), ConvNorm()
+
+    def forward(self, x):
+        y = self.second(F.silu(self.first(x)))
+        return F.relu(y + x) + self.third(x)
+
+
 def images(n=4):
     return torch.randn(n, C, 6, 6) + 0.5
 
@@ -191,6 +214,9 @@ NETS = {
         lambda: InvertedResidual(nn.Hardswish),
         images,
         ["conv.0.1 → hardswish", "conv.1.1 → hardswish", "conv.3 + residual"],
+    ),
+    "wrapped": (
+        Wrapped, images, ["first.norm → silu", "second.norm + residual → relu", "third.norm + residual"],
     ),
     "convnext": (ConvNeXt, images, []),
     "transformer": (Transformer, lambda: torch.randn(4, 5, C), ["sum → norm2"]),

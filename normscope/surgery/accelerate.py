@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator
+import functools
+import operator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,26 +195,53 @@ def _give_back(module: Layer) -> str | None:
 
 
 def _fuse(draft: Draft, norms: dict[Module, str]) -> None:
+    modules = [(module, names[0]) for module, names in paths(draft.model)]
+    flows, failures = _flows(modules, norms)
     calls: collections.Counter[Module] = collections.Counter()
-    traced: list[tuple[str, list[Flow]]] = []
+    owners: list[str] = []
     inlined: set[Module] = set()
-    for module, names in paths(draft.model):
-        if module in inlined or not _may_own(module) or not any(norm in norms for norm, _ in _near(module)):
+    for module, name in modules:
+        if module in failures:
+            draft.skip(name, f"nothing is fused in it, because its forward cannot be traced: {failures[module]}")
+        if module in flows and module not in inlined:
+            owners.append(name)
+            inlined.update(at(module, path) for flow in flows[module] for path in flow.inlined)
+            calls += functools.reduce(operator.or_, (flow.calls() for flow in flows[module]))
+    for module, name in modules:
+        if name in owners:
+            _fuse_one(draft, name, flows[module], norms, calls)
+
+
+def _flows(
+    modules: list[tuple[Module, str]], norms: Collection[Module]
+) -> tuple[dict[Module, list[Flow]], dict[Module, UntraceableError]]:
+    """What the forwards of the modules around normalizers compute, and why that of others cannot be known.
+
+    A module that ends in a normalizer is looked into by those that call it: what follows is with them.
+    """
+    flows: dict[Module, list[Flow]] = {}
+    failures: dict[Module, UntraceableError] = {}
+    ends: set[Module] = set()
+    for module, _ in reversed(modules):  # what is called before what calls it
+        near = [direct for norm, direct in _near(module, ends) if norm in norms]
+        if not near or not _may_own(module):
             continue
         try:
-            flows = flows_of(module)
+            flows[module] = _traced(module, ends)
         except UntraceableError as error:
-            if any(norm in norms and direct for norm, direct in _near(module)):
-                draft.skip(names[0], f"nothing is fused in it, because its forward cannot be traced: {error}")
-            continue
-        traced.append((names[0], flows))
-        inlined.update(at(module, path) for flow in flows for path in flow.inlined)
-        called: collections.Counter[Module] = collections.Counter()
-        for flow in flows:
-            called |= flow.calls()
-        calls += called
-    for name, flows in traced:
-        _fuse_one(draft, name, flows, norms, calls)
+            if any(near):
+                failures[module] = error
+        else:
+            if flows[module][0].last() in norms:
+                ends.add(module)
+    return flows, failures
+
+
+def _traced(module: Module, ends: Collection[Module]) -> list[Flow]:
+    try:
+        return flows_of(module, ends)
+    except UntraceableError:
+        return flows_of(module)
 
 
 def _fuse_one(
@@ -260,13 +289,13 @@ def _only_holds(module: Module) -> bool:
     return type(module).forward is Module.forward
 
 
-def _near(module: Module) -> Iterator[tuple[Module, bool]]:
+def _near(module: Module, ends: Collection[Module]) -> Iterator[tuple[Module, bool]]:
     """What a module may call without a module in between that has a forward of its own, and whether it alone does."""
     for child in module.children():
         if _only_holds(child):
-            yield from _near(child)
-        elif is_plain_sequential(child):
-            yield from ((norm, False) for norm, _ in _near(child))
+            yield from _near(child, ends)
+        elif is_plain_sequential(child) or child in ends:
+            yield from ((norm, False) for norm, _ in _near(child, ends))
         else:
             yield child, True
 

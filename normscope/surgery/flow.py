@@ -1,6 +1,6 @@
 """Flows: what a module's forward computes, traced, with all that must hold for the trace to be true.
 
-torch.fx traces one module at a time, with every module that it calls as a leaf (a Sequential is looked into): a
+torch.fx traces one module at a time, with every module that it calls as a leaf (Sequentials are looked into): a
 network whose top cannot be traced still has blocks that can. A trace is one path through the code, with all that is no
 tensor baked in and every context left out. So it counts only if the code asks for nothing that cannot be recorded: the
 trace is repeated under other modes of gradients and autocast, in training and evaluation; the code must change no such
@@ -19,7 +19,7 @@ import operator
 import random
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
@@ -89,16 +89,17 @@ class _Tracer(fx.Tracer):
 
     Args:
         owner: The module.
-        optional: Trace arguments that have a default, too; without it they have the default.
+        looked_into: Modules that are no leaves, besides Sequentials.
         kind: What an argument answers to isinstance: Tensor or list.
+        optional: Trace arguments that have a default, too; without it they have the default.
     """
 
     proxy_buffer_attributes = True
     trace_asserts = True
 
-    def __init__(self, owner: Module, optional: bool, kind: type) -> None:
+    def __init__(self, owner: Module, looked_into: Collection[Module], kind: type, *, optional: bool = False) -> None:
         super().__init__()
-        self.optional, self.kind = optional, kind
+        self.looked_into, self.optional, self.kind = looked_into, optional, kind
         self.names = {module: tuple(name.split(".")) if name else () for name, module in owner.named_modules()}
         self.reads: dict[tuple[Path, str], Any] = {}
         self.defaults: dict[str, Any] = {}
@@ -170,8 +171,8 @@ class _Tracer(fx.Tracer):
         return lambda *traced: root_fn(self.root, **dict(zip(names, traced, strict=True))), values
 
     def is_leaf_module(self, m: Module, _: str) -> bool:
-        """Look into a plain Sequential only."""
-        if not is_plain_sequential(m) or not unhooked(m):
+        """Look into Sequentials and into those that were named."""
+        if not (is_plain_sequential(m) or m in self.looked_into) or not unhooked(m):
             return True
         self.inlined[self.names[m]] = None
         return False
@@ -292,7 +293,7 @@ class Flow:
         accepts: The arguments it can be called with.
         arguments: What arguments must be.
         attributes: What plain attributes must be.
-        inlined: The Sequentials that the path goes through.
+        inlined: The modules that were looked into.
     """
 
     owner: Module
@@ -306,6 +307,13 @@ class Flow:
         """The module that a node calls."""
         return at(self.owner, path_of(node)) if node.op == "call_module" else None
 
+    def last(self) -> Module | None:
+        """The module whose output the path returns, past identities."""
+        value = next(node for node in reversed(self.graph.nodes) if node.op == "output").args[0]
+        while isinstance(value, fx.Node) and type(self.module(value)) is nn.Identity:
+            value = value.args[0]
+        return self.module(value) if isinstance(value, fx.Node) else None
+
     def calls(self) -> collections.Counter[Module]:
         """How often each module is called."""
         return collections.Counter(m for node in self.graph.nodes if (m := self.module(node)) is not None)
@@ -316,8 +324,12 @@ def path_of(node: fx.Node) -> Path:
     return tuple(cast(str, node.target).split("."))
 
 
-def flows_of(owner: Module) -> list[Flow]:
+def flows_of(owner: Module, looked_into: Collection[Module] = ()) -> list[Flow]:
     """The paths through a forward: in training and evaluation, and for tensors and lists where it asks what it got.
+
+    Args:
+        owner: The module.
+        looked_into: Modules to trace through, besides Sequentials.
 
     Raises:
         UntraceableError: They cannot be known.
@@ -328,19 +340,19 @@ def flows_of(owner: Module) -> list[Flow]:
         for training in (True, False):
             for module in owner.modules():
                 vars(module)["training"] = training
-            flow, asked = _flow(owner, Tensor)
+            flow, asked = _flow(owner, looked_into, Tensor)
             flows.append(flow)
             if asked:
-                flows.append(_flow(owner, list)[0])
+                flows.append(_flow(owner, looked_into, list)[0])
     return flows
 
 
-def _flow(owner: Module, kind: type) -> tuple[Flow, bool]:
+def _flow(owner: Module, looked_into: Collection[Module], kind: type) -> tuple[Flow, bool]:
     try:
         with torch.enable_grad():
-            tracer = _Tracer(owner, False, kind)
+            tracer = _Tracer(owner, looked_into, kind)
         with _other_modes():
-            other = _Tracer(owner, False, kind)
+            other = _Tracer(owner, looked_into, kind)
     except UntraceableError:
         raise
     except Exception as error:
@@ -351,7 +363,7 @@ def _flow(owner: Module, kind: type) -> tuple[Flow, bool]:
     if tracer.defaults:
         # Arguments with a default that are merely passed on may have any value.
         with contextlib.suppress(Exception), torch.enable_grad():
-            other = _Tracer(owner, True, kind)
+            other = _Tracer(owner, looked_into, kind, optional=True)
             if _signature(other) == _signature(tracer) and not other.asked - tracer.asked:
                 tracer, reads = other, reads | other.reads
     required = [name for name in tracer.accepts if name not in tracer.defaults]
