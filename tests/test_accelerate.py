@@ -185,9 +185,12 @@ class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.second, self.third = ConvNorm(), ConvNorm(), ConvNorm()
+        self.rate = 0.0
 
     def forward(self, x):
         y = self.second(F.silu(self.first(x)))
+        if self.training and self.rate > 0:
+            y = F.dropout(y, self.rate)
         return F.relu(y + x) + self.third(x)
 
 
@@ -456,6 +459,11 @@ def elsewhere(self, x):
     return self.act(y) + y
 
 
+def doubled(self, x):
+    y = self.norm(x)
+    return self.act(y + y)
+
+
 def dropped(self, x):
     return self.act(self.drop(self.norm(x)))
 
@@ -596,6 +604,7 @@ def overridden():
 
 LEFT = {
     "output used elsewhere": (lambda: Line(elsewhere), {"norm": "used elsewhere"}),
+    "added to itself": (lambda: Line(doubled), {}),
     "hook on the normalizer": (lambda: hooked("norm"), {"norm": "norm has hooks"}),
     "hook on the activation": (lambda: hooked("act"), {"norm": "act has hooks"}),
     "called twice": (lambda: Line(twice), {"norm": "called 2 times"}),
@@ -751,6 +760,17 @@ def test_the_own_forward_runs_after_a_change(name, called):
         torch.manual_seed(2)
         CHANGES[name](each)
     assert_same(step(model, x), step(before, x), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["conv", "conv.0", "conv.0.2"])
+def test_a_hook_on_what_was_looked_into(name):
+    model, x = shaken(lambda: InvertedResidual(nn.ReLU6)).eval(), images()
+    before = copy.deepcopy(model)
+    ns.accelerate(model)
+    model(x)
+    for each in (model, before):
+        each.get_submodule(name).register_forward_hook(double)
+    torch.testing.assert_close(model(x), before(x))
 
 
 @pytest.mark.parametrize(

@@ -198,18 +198,17 @@ def _fuse(draft: Draft, norms: dict[Module, str]) -> None:
     modules = [(module, names[0]) for module, names in paths(draft.model)]
     flows, failures = _flows(modules, norms)
     calls: collections.Counter[Module] = collections.Counter()
-    owners: list[str] = []
+    owners: list[tuple[Module, str]] = []
     inlined: set[Module] = set()
     for module, name in modules:
         if module in failures:
             draft.skip(name, f"nothing is fused in it, because its forward cannot be traced: {failures[module]}")
         if module in flows and module not in inlined:
-            owners.append(name)
+            owners.append((module, name))
             inlined.update(at(module, path) for flow in flows[module] for path in flow.inlined)
             calls += functools.reduce(operator.or_, (flow.calls() for flow in flows[module]))
-    for module, name in modules:
-        if name in owners:
-            _fuse_one(draft, name, flows[module], norms, calls)
+    for module, name in owners:
+        _fuse_one(draft, name, flows[module], norms, calls)
 
 
 def _flows(

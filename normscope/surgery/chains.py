@@ -275,7 +275,6 @@ def _program(flow: Flow, chains: list[_Chain]) -> Program:
     norms = dict.fromkeys(path_of(chain.norm) for chain in chains)
     bypassed = dict.fromkeys(path_of(node) for chain in chains for node in chain.bypassed if node.op == "call_module")
     bypassed.update(dict.fromkeys(flow.inlined))
-    bypassed.update(dict.fromkeys((*path, name) for path in norms for name in at(flow.owner, path)._modules))
     attributes = dict(flow.attributes)
     for path in bypassed:  # a slope, a kind of GELU
         options = options_of(at(flow.owner, path))
