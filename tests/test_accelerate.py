@@ -632,6 +632,7 @@ LEFT = {
     "catches what it should not": (lambda: Line(caught), {"": "by the value of a tensor"}),
     "input overwritten by index": (lambda: Line(by_index), {"norm": "may be overwritten before"}),
     "input overwritten by a module": (with_writer, {"norm": "may be overwritten before"}),
+    "written by torch.fx": (lambda: fx.symbolic_trace(Line(plain)), {"": "torch.fx has written it"}),
     "forward overridden": (overridden, {"norm": "overridden on the instance"}),
     "parametrized": (
         lambda: Line(plain, nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(C))), {"norm": "parametrized"},
@@ -652,6 +653,7 @@ def test_left_alone_and_reported(name):
     build, reasons = LEFT[name]
     model, x = shaken(build), images(6)
     before, states = copy.deepcopy(model), (torch.get_rng_state(), vars(model).keys())
+    kinds = [type(m) for m in model.modules()]
     report = ns.accelerate(model)
     assert not chains(model)
     skipped = dict(report.skipped)
@@ -664,7 +666,7 @@ def test_left_alone_and_reported(name):
         with torch.no_grad() if "overwritten" in name else contextlib.nullcontext():
             torch.testing.assert_close(model(x), before(x))
     report.undo()
-    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+    assert [type(m) for m in model.modules()] == kinds
 
 
 def test_a_network_that_cannot_be_traced_has_blocks_that_can():
@@ -1209,6 +1211,14 @@ def test_to_torch_of_a_part():
     assert type(model) is Basic
     assert (type(model.bn1), type(model.bn2)) == (nn.BatchNorm2d, ns.nn.BatchNorm2d)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_to_torch_after_a_child_has_gone():
+    model = ns.accelerate(Basic()).model
+    del model.bn1
+    model.bn2 = nn.BatchNorm2d(C)
+    ns.to_torch(model)
+    assert type(model) is Basic
 
 
 def test_the_model_of_torch_can_be_scripted():

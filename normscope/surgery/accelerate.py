@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
@@ -23,7 +23,7 @@ from normscope.surgery.find import Found, Select, find, paths
 from normscope.surgery.flow import Flow, UntraceableError, flows_of, is_plain_sequential
 from normscope.surgery.foreign import Foreign, adapt, restore
 from normscope.surgery.forward import Forward, feed
-from normscope.surgery.fused import Fused, Program, at, fusable, programs_of
+from normscope.surgery.fused import Fused, Program, at, fusable, norms_of, programs_of
 from normscope.surgery.operation import Draft, Surgery, operate
 from normscope.surgery.prove import Observation, Proof
 from normscope.surgery.replace import obstacle
@@ -130,8 +130,7 @@ def to_torch(model: Module, *, select: Select = None, copy: bool = False) -> Sur
                 else:
                     draft.skip(found.name, reason)
         for module, _ in paths(draft.model):
-            norms = [at(module, path) for program in programs_of(module) for path in program.norms]
-            if has_trait(module, Fused) and not all(map(fusable, norms)):
+            if has_trait(module, Fused) and not all(map(fusable, norms_of(module))):
                 _install(module, ())
 
     return operate("to_torch", model, edit, copy=copy)
@@ -198,17 +197,18 @@ def _fuse(draft: Draft, norms: dict[Module, str]) -> None:
     modules = [(module, names[0]) for module, names in paths(draft.model)]
     flows, failures = _flows(modules, norms)
     calls: collections.Counter[Module] = collections.Counter()
-    owners: list[tuple[Module, str]] = []
+    owners: list[Module] = []
     inlined: set[Module] = set()
     for module, name in modules:
         if module in failures:
             draft.skip(name, f"nothing is fused in it, because its forward cannot be traced: {failures[module]}")
         if module in flows and module not in inlined:
-            owners.append((module, name))
+            owners.append(module)
             inlined.update(at(module, path) for flow in flows[module] for path in flow.inlined)
             calls += functools.reduce(operator.or_, (flow.calls() for flow in flows[module]))
-    for module, name in owners:
-        _fuse_one(draft, name, flows[module], norms, calls)
+    names = dict(modules)
+    for module in owners:
+        _fuse_one(draft, flows[module], norms.keys(), calls, names)
 
 
 def _flows(
@@ -244,24 +244,28 @@ def _traced(module: Module, ends: Collection[Module]) -> list[Flow]:
 
 
 def _fuse_one(
-    draft: Draft, name: str, flows: list[Flow], norms: dict[Module, str], calls: collections.Counter[Module]
+    draft: Draft,
+    flows: list[Flow],
+    norms: Collection[Module],
+    calls: collections.Counter[Module],
+    names: dict[Module, str],
 ) -> None:
     owner = flows[0].owner
-    before = {at(owner, path) for program in programs_of(owner) for path in program.norms}
+    before = norms_of(owner)
     try:
-        programs, reasons = programs_from(flows, norms.keys() | before, calls)
+        programs, reasons = programs_from(flows, {*norms, *before}, calls)
         if programs != programs_of(owner):
             _install(owner, programs)
     except (UntraceableError, TypeError) as error:  # TypeError: Python cannot change the class of the module
-        draft.skip(name, f"nothing is fused in it: {error}")
+        draft.skip(names[owner], f"nothing is fused in it: {error}")
         return
     for norm, reason in reasons.items():
-        draft.skip(norms[norm], f"nothing is fused into it: {reason}")
-    for norm in {at(owner, path): None for program in programs for path in program.norms}:
+        draft.skip(names[norm], f"nothing is fused into it: {reason}")
+    for norm in norms_of(owner):
         if norm not in before:
-            draft.change(norms[norm])
+            draft.change(names[norm])
     for chain in dict.fromkeys(chain for program in programs for chain in program.chains):
-        draft.notes.append(f"{name}: {chain}" if name else chain)
+        draft.notes.append(f"{names[owner]}: {chain}" if names[owner] else chain)
 
 
 def _install(module: Module, programs: tuple[Program, ...]) -> None:
@@ -276,7 +280,7 @@ def _install(module: Module, programs: tuple[Program, ...]) -> None:
 def _may_own(module: Module) -> bool:
     """Whether a module has a forward that may be rewritten."""
     return not (
-        isinstance(module, (torch.jit.ScriptModule, fx.GraphModule, Layer))
+        isinstance(module, (torch.jit.ScriptModule, Layer))
         or _only_holds(module)
         or "forward" in vars(module)
         or type(module).__name__ == "OptimizedModule"  # of torch.compile, which fuses in its own way

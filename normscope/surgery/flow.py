@@ -334,6 +334,8 @@ def flows_of(owner: Module, looked_into: Collection[Module] = ()) -> list[Flow]:
     Raises:
         UntraceableError: They cannot be known.
     """
+    if isinstance(owner, fx.GraphModule):  # which makes its classes itself, and cannot copy them with a trait
+        raise UntraceableError("torch.fx has written it, which is better done with the accelerated model")
     flows = []
     with _held(owner), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -45,9 +45,13 @@ class ChannelsFirst(Foreign):
     """Over axis 1 of (N, C, H, W): the layer over the last axis, through permuted views."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:  # noqa: A002
-        """Normalize the channels of every position."""
-        last = [t if t is None or t.dim() != 4 else t.permute(0, 2, 3, 1) for t in (input, residual, mask)]
-        return cast(Tensor, super().forward(*last)).permute(0, 3, 1, 2)
+        """Normalize the channels of every position.
+
+        The output is channels_last whatever the input is, as that of the classes themselves: the layers behind it then
+        are, too, and a network of depthwise convolutions otherwise trains at 0.8 of its speed.
+        """
+        x, *others = (t if t is None or t.dim() != 4 else t.permute(0, 2, 3, 1) for t in (input, residual, mask))
+        return cast(Tensor, super().forward(cast(Tensor, x).contiguous(), *others)).permute(0, 3, 1, 2)
 
 
 class Activated(Foreign):

@@ -81,6 +81,19 @@ def programs_of(module: Module) -> tuple[Program, ...]:
     return cast("tuple[Program, ...]", vars(module).get("_programs", ()))
 
 
+def norms_of(module: Module) -> list[Module]:
+    """The normalizers that take up something in its programs, those that it still holds."""
+    found = dict.fromkeys(_find(module, path) for program in programs_of(module) for path in program.norms)
+    return [norm for norm in found if norm is not None]
+
+
+def _find(module: Module, path: Path) -> Module | None:
+    try:
+        return at(module, path)
+    except KeyError:
+        return None
+
+
 def _fitting(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
     hooked = torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
     if hooked or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
