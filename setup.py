@@ -1,12 +1,14 @@
 """Compile the CPU kernels while the package is built.
 
 One shared object serves every Python and every torch from 2.10 on: it uses only the stable ABI of the torch whose
-headers lie in the target environment, and links against the libtorch_cpu that `import torch` has loaded. Building never
-installs a torch. Without its headers or without a compiler the package is built without the object and says so.
+headers lie in the target environment, and links against the libtorch_cpu that `import torch` has loaded. A second,
+small one, the steps of autograd between the kernels, is for that version of torch alone. Building never installs a
+torch. Without its headers or without a compiler the package is built without the objects and says so.
 """
 
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from setuptools.command.build_py import build_py
 
 SOURCES = Path(__file__).parent / "normscope" / "kernels" / "cpp"
 OBJECT = SOURCES / "libnormscope.so"
+AUTOGRAD = "libnormscope_autograd-{version}.so"  # kernels/cpu.py looks for the running torch's
 
 # Never -ffast-math: linked with it, the object would set flush-to-zero for the whole process when it loads.
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
@@ -54,20 +57,42 @@ def units(include, folder):
 
 def build(cxx, include):
     """Compile all units at once and link them."""
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor() as pool:
-        folder = Path(temporary)
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+        steps = pool.submit(build_autograd, cxx, include, Path(temporary) / "autograd")
+        folder = Path(temporary) / "kernels"
+        folder.mkdir()
         jobs = dict(units(include, folder))
         list(pool.map(lambda job: subprocess.run([cxx, *FLAGS, *job[1], "-o", str(job[0])], check=True), jobs.items()))
-        link = [cxx, *FLAGS, "-shared", "-o", str(OBJECT), *map(str, jobs)]
-        if sys.platform == "darwin":
-            link += ["-undefined", "dynamic_lookup"]
-        else:  # a stub of the right name: no path of the build machine gets into the object
-            stub = folder / "libtorch_cpu.so"
-            (folder / "stub.cpp").write_text("")
-            soname = ["-Wl,-soname,libtorch_cpu.so", str(folder / "stub.cpp"), "-o", str(stub)]
-            subprocess.run([cxx, "-shared", "-fPIC", *soname], check=True)
-            link += [f"-L{folder}", "-Wl,--no-as-needed", "-ltorch_cpu"]
-        subprocess.run(link, check=True)
+        link(cxx, folder, OBJECT, jobs, ["torch_cpu"])
+        try:
+            steps.result()
+        except subprocess.CalledProcessError as error:
+            print(f"normscope: autograd between the kernels stays in Python, {error}", file=sys.stderr)
+
+
+def build_autograd(cxx, include, folder):
+    """The object for this version of torch: against its C++ interface, of which the stable one is a small part."""
+    folder.mkdir()
+    version = runpy.run_path(str(include.parent / "version.py"))["__version__"].partition("+")[0]
+    unit = folder / "autograd.o"
+    flags = [flag for flag in FLAGS if not flag.startswith("-DTORCH_TARGET_VERSION")]
+    source = ["-O1", f"-isystem{include}", "-c", str(SOURCES / "autograd.cpp")]
+    subprocess.run([cxx, *flags, *source, "-o", str(unit)], check=True)
+    link(cxx, folder, SOURCES / AUTOGRAD.format(version=version), [unit], ["torch_cpu", "c10"])
+
+
+def link(cxx, folder, target, units, libraries):
+    """Link against the names of torch's libraries; what they lack shows when the object is loaded."""
+    command = [cxx, *FLAGS, "-shared", "-o", str(target), *map(str, units)]
+    if sys.platform == "darwin":
+        command += ["-undefined", "dynamic_lookup"]
+    else:  # stubs of the right names: no path of the build machine gets into the object
+        (folder / "stub.cpp").touch()
+        for name in libraries:
+            stub = [f"-Wl,-soname,lib{name}.so", str(folder / "stub.cpp"), "-o", str(folder / f"lib{name}.so")]
+            subprocess.run([cxx, "-shared", "-fPIC", *stub], check=True)
+        command += [f"-L{folder}", "-Wl,-z,now", "-Wl,--no-as-needed", *(f"-l{name}" for name in libraries)]
+    subprocess.run(command, check=True)
 
 
 class BuildWithKernels(build_py):
@@ -75,7 +100,8 @@ class BuildWithKernels(build_py):
 
     def run(self):
         """Compile if that is possible here."""
-        OBJECT.unlink(missing_ok=True)
+        for old in (OBJECT, *SOURCES.glob(AUTOGRAD.format(version="*"))):
+            old.unlink(missing_ok=True)
         cxx, include = compiler(), headers()
         if not cxx or not include:
             lacking = "a C++20 compiler" if not cxx else "torch (install it first)"

@@ -11,9 +11,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import normscope as ns
 from normscope import oracle
+from normscope.functional import view
 from normscope.kernels import cpu
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=f"no compiled kernels here: {cpu.missing()}")
@@ -135,6 +138,110 @@ def test_threads_do_not_matter(case):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+
+
+@pytest.fixture(params=["C++", "Python"])
+def steps(request, monkeypatch):
+    """The steps between the kernels, each of the two."""
+    if request.param == "Python":
+        monkeypatch.setattr(cpu, "autograd_missing", lambda: "switched off by a test")
+    elif (reason := cpu.autograd_missing()) is not None:
+        pytest.skip(reason)
+    view._kept.cache_clear()
+    yield request.param
+    view._kept.cache_clear()
+
+
+STEPS = {
+    "plain": ("[n] c [h w]", {}),
+    "residual alone": ("n (g [c]) [h w]", {"residual": True, "g": 2}),
+    "residual behind a gate": ("[n] c [h w]", {"residual": True, "activation": "relu"}),
+    "residual before a curve": ("n c [h w]", {"residual": True, "activation": "silu"}),
+    "masked": ("[n] c [h w]", {"residual": True, "activation": "relu", "mask": True}),
+    "masked residual alone": ("n [c h w]", {"residual": True, "mask": True}),
+    "parameters in another order": ("n [c h w]", {"params": "h c w", "activation": "gelu"}),
+    "given moments": ("[n] c [h w]", {"moments": True, "activation": "tanh"}),
+    "given moments of two axes": ("n c [h w]", {"moments": True, "residual": True}),
+}
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", STEPS)
+def test_first_and_second_gradients(steps, case, layout):
+    """As those of float64, which the eager kernels compute."""
+    pattern, options = STEPS[case]
+    options = dict(options)
+    shape = (3, 4, 5, 6)
+    sizes = {"c": 4, "h": 5, "w": 6}
+    params = [sizes[name] for name in options.get("params", "c").split()]
+    leaves = {"x": torch.randn(shape).contiguous(memory_format=layout)}
+    leaves |= {name: torch.randn(params) for name in ("weight", "bias")}
+    if options.pop("residual", False):
+        leaves["residual"] = torch.randn(shape)
+    if options.pop("mask", False):
+        options["mask"] = torch.rand(shape) > 0.3
+    moments = options.pop("moments", False)
+    upstream, direction = torch.randn(shape), torch.randn(shape)
+
+    def gradients(dtype):
+        tensors = {name: t.detach().to(dtype, copy=True).requires_grad_() for name, t in leaves.items()}
+        more = dict(options)
+        if moments:
+            mean, var, _ = ns.moments(leaves["x"], pattern)
+            more["moments"] = (mean.to(dtype) + 0.5, var.to(dtype) * 2)
+        x, *rest = tensors.values()
+        y = ns.normalize(x, pattern, **dict(zip(list(tensors)[1:], rest, strict=True)), **more)
+        gy = upstream.to(dtype, copy=True).requires_grad_()
+        first = torch.autograd.grad(y, [x, *rest], gy, create_graph=True)
+        second = torch.autograd.grad((first[0] * direction.to(dtype)).sum(), [x, *rest, gy], allow_unused=True)
+        once = torch.autograd.grad(ns.normalize(x, pattern, **dict(zip(list(tensors)[1:], rest, strict=True)), **more),
+                                   [x, *rest], upstream.to(dtype))  # fmt: skip
+        return [torch.zeros(()) if t is None else t for t in (*first, *once, *second)]
+
+    for got, want in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        # some sixty cells per sum, three sums deep
+        assert (got.double() - want).abs().max() <= 2e-5 * (1 + want.abs().max())
+
+
+def test_the_steps_move_running_statistics_alike(steps):
+    x = torch.randn(6, 3, 4, 5, requires_grad=True)
+    layer, peer = ns.nn.BatchNorm2d(3, activation="relu"), torch.nn.BatchNorm2d(3)
+    versions = layer.running_mean._version, layer.running_var._version
+    layer(x), peer(x)
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(peer.named_buffers()))
+    if steps == "C++":  # autograd notices, as with torch's layer
+        assert (layer.running_mean._version, layer.running_var._version) == (versions[0] + 1, versions[1] + 1)
+    with torch.no_grad():
+        x[0, 0] = torch.inf
+        before = layer.running_mean.clone()
+        layer(x)
+    assert layer.running_mean[0] == before[0]
+    assert not torch.equal(layer.running_mean[1:], before[1:])
+
+
+def test_bfloat16_parameters_get_bfloat16_gradients(steps):
+    layer = ns.nn.RMSNorm(48, dtype=torch.bfloat16)
+    x = torch.randn(5, 48, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).backward(torch.randn_like(x))
+    assert layer.weight.grad.dtype == x.grad.dtype == torch.bfloat16
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_a_mode_sees_torchs_operators():
+    """Whoever watches the operators (a counter of FLOPs, fake tensors, a tracer) finds none of ours."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.add(function.namespace)
+            return function(*args, **(kwargs or {}))
+
+    names = set()
+    layer, x = ns.nn.BatchNorm2d(3), torch.randn(2, 3, 4, 4, requires_grad=True)
+    with Names():
+        layer(x).backward(torch.randn_like(x))
+    assert names == {"aten"}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert ns.nn.GroupNorm(1, 3)(mode.from_tensor(x.detach())).shape == x.shape
 
 
 def test_an_offset_costs_nothing_in_a_shared_slab():

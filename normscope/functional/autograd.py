@@ -88,12 +88,13 @@ def normalize_parts(operands: Operands, formula: Formula) -> tuple[Tensor, Tenso
 
 
 def is_plain() -> bool:
-    """Whether nothing watches the operators: no compiler, no functorch, no forward mode, no tracer."""
+    """Whether nothing watches the operators: no compiler, no functorch, no forward mode, no tracer, no mode."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from normscope.errors import ArgumentError, DegenerateScopeError, DtypeError
 from normscope.functional import compiled
 from normscope.functional.autograd import Operands, is_plain, normalize_parts
+from normscope.functional.running import Running, update_running
 from normscope.functional.view import View, scope_of, view_of
 from normscope.kernels import COMPUTE_DTYPE
 from normscope.kernels.activations import ACTIVATIONS
@@ -101,17 +102,28 @@ def apply(
     mean: Tensor | None = None,
     var: Tensor | None = None,
     mask: Tensor | None = None,
+    running: Running | None = None,
 ) -> Normalized:
-    """Normalize; weight and bias have the params' shape, mask, mean and var already broadcast through the parts."""
+    """Normalize, and move the running statistics by what was found.
+
+    weight and bias have the params' shape, mask, mean and var already broadcast through the parts.
+    """
     check_activation(formula.activation)
     residual = view.residual(residual)
+    recipe = None
     if is_plain():
         recipe = compiled.recipe_of(x, view, formula, weight is not None or bias is not None, mean, var)
-        if recipe is not None:
-            y, statistics = compiled.normalize(recipe, x, weight, bias, residual, mean, var, mask)
-            return Normalized(y, view, recipe, statistics)
-    y, mean, var = normalize_parts(Operands.seen(view, x, weight, bias, residual, mean, var, mask), formula)
-    return Normalized(y.reshape(view.shape) if view.scope.splits else y, view, None, (mean, var))
+    if recipe is not None:
+        moved = running if running is not None and recipe.tracks(running, mask) else None
+        y, statistics = compiled.normalize(recipe, x, weight, bias, residual, mean, var, mask, moved)
+        done = Normalized(y, view, recipe, statistics)
+    else:
+        moved = None
+        y, mean, var = normalize_parts(Operands.seen(view, x, weight, bias, residual, mean, var, mask), formula)
+        done = Normalized(y.reshape(view.shape) if view.scope.splits else y, view, None, (mean, var))
+    if running is not None and moved is None:
+        update_running(running[:2], done.moments, view, mask, running.momentum, formula)
+    return done
 
 
 def run(

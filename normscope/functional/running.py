@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from normscope.functional.core import Normalized, View
-from normscope.kernels import cpu, eager
+from normscope.functional.view import View
+from normscope.kernels import eager
 from normscope.kernels.formula import Formula
 
-__all__ = ["recomputing", "track", "update_running"]
+__all__ = ["Running", "recomputing", "update_running"]
 
 # A set whose mean or variance is not finite stays out of the buffers: an exponential average never loses infinity
 # again, while a gradient scaler just skips the step. False is torch's behaviour.
 SKIP_NONFINITE = True
 
 
+class Running(NamedTuple):
+    """The buffers that a batch moves.
+
+    Attributes:
+        mean: Or None, which is left alone.
+        var: As mean.
+        momentum: The weight of the batch; a tensor for the cumulative mean 1/num_batches_tracked.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    momentum: float | Tensor
+
+
 def recomputing() -> bool:
     """Whether this forward runs inside a backward: a checkpoint computes it again, its batch has entered already."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
-
-
-def track(
-    running: tuple[Tensor | None, Tensor | None],
-    done: Normalized,
-    mask: Tensor | None,
-    momentum: float | Tensor,
-    formula: Formula,
-) -> None:
-    """`update_running` by what a normalization found; in one step where each set has a number of its own."""
-    mean, var = running
-    if mean is None and var is None:
-        return
-    if done.recipe is None or mask is not None or not isinstance(momentum, float) or not _plain(done, mean, var):
-        update_running(running, done.moments, done.view, mask, momentum, formula)
-    elif not recomputing():
-        cells = done.view.cells
-        correction = cells / (cells - 1) if formula.center and cells > 1 else 1.0
-        cpu.update(done.statistics, mean, var, momentum, correction, SKIP_NONFINITE)  # type: ignore[arg-type]
-
-
-def _plain(done: Normalized, *buffers: Tensor | None) -> bool:
-    count = done.recipe.layout.set_count  # type: ignore[union-attr]
-    for t in buffers:
-        if t is None or t.numel() != count or t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous():
-            return False
-    return True
 
 
 def update_running(

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normscope.errors import ArgumentError, ShapeError
 from normscope.functional.core import View, apply, check_dtype, view_of
-from normscope.functional.running import track
+from normscope.functional.running import Running
 from normscope.kernels import COMPUTE_DTYPE
 from normscope.kernels.formula import Formula
 from normscope.scope import SCOPES
@@ -426,10 +426,11 @@ def _with_running(
     mean = var = None
     if not from_input:
         mean, var = (None if t is None else view.param(t.detach()) for t in running)
-    done = apply(x, view, formula, weight=weight, bias=bias, residual=residual, mean=mean, var=var, mask=keep)
-    if from_input:
-        track(running, done, keep, momentum, formula)
-    return done.y
+    tracks = from_input and (running[0] is not None or running[1] is not None)
+    moved = Running(*running, momentum) if tracks else None
+    return apply(
+        x, view, formula, weight=weight, bias=bias, residual=residual, mean=mean, var=var, mask=keep, running=moved
+    ).y
 
 
 def _channel_view(x: Tensor, pattern: str) -> View:

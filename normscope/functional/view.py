@@ -43,6 +43,7 @@ class View:
         params: The axes that weight and bias run over, in their order.
         inside: The averaged parts.
         cells: |S|.
+        origin: What `view_of` was called with besides the shape.
         recipes: What the compiled kernels need for a tensor seen so, by its strides and formula.
     """
 
@@ -52,6 +53,7 @@ class View:
     params: tuple[int, ...]
     inside: tuple[int, ...]
     cells: int
+    origin: tuple[str, tuple[tuple[str, int], ...], str | None]
     recipes: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def unfold(self, t: Tensor) -> Tensor:
@@ -141,7 +143,8 @@ def _view(pattern: str, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ..
     scope = scope_of(pattern, len(shape))
     axes = () if params is None else scope.param_axes(params)
     parts, inside = scope.unfold(shape, dict(sizes)), scope.inside
-    return View(scope, shape, parts, axes, inside, math.prod([parts[i] for i in inside]))
+    origin = (pattern, sizes, params)
+    return View(scope, shape, parts, axes, inside, math.prod([parts[i] for i in inside]), origin)
 
 
 _kept = lru_cache(maxsize=4096)(_view)

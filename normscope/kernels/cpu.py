@@ -18,7 +18,23 @@ from torch import Tensor
 
 from normscope.kernels.formula import Formula
 
-__all__ = ["DTYPES", "FUSED", "Layout", "backward", "forward", "isa", "layout_of", "missing", "passes"]
+__all__ = [
+    "DTYPES",
+    "FUSED",
+    "Layout",
+    "autograd_missing",
+    "backward",
+    "flat",
+    "forward",
+    "isa",
+    "layout_of",
+    "missing",
+    "normalize",
+    "passes",
+    "recipe",
+    "unflat",
+    "update",
+]
 
 # The activations by their number in the kernels' table.
 _TABLE = "relu relu6 leaky_relu elu silu gelu gelu_tanh mish sigmoid tanh hardswish hardsigmoid"
@@ -31,6 +47,7 @@ TINY_RUN = 32  # the same where a set is a single run, so that there is nothing 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _LIBRARY = Path(__file__).with_name("cpp") / "libnormscope.so"
+_AUTOGRAD = _LIBRARY.with_name(f"libnormscope_autograd-{torch.__version__.partition('+')[0]}.so")
 _INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
@@ -43,6 +60,22 @@ def missing() -> str | None:
         return "not compiled: install torch and a C++20 compiler (g++), then reinstall normscope"
     try:
         torch.ops.load_library(_LIBRARY)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"built for another torch ({error}): reinstall normscope"
+    return None
+
+
+@lru_cache(maxsize=1)
+def autograd_missing() -> str | None:
+    """Why the steps between the kernels are taken in Python, or None where C++ takes them."""
+    if (reason := missing()) is not None:
+        return reason
+    if os.environ.get("NORMSCOPE_AUTOGRAD") == "python":
+        return "switched off by NORMSCOPE_AUTOGRAD=python"
+    if not _AUTOGRAD.exists():
+        return f"not compiled for torch {torch.__version__}: reinstall normscope beside it"
+    try:
+        torch.ops.load_library(_AUTOGRAD)  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"built for another torch ({error}): reinstall normscope"
     return None
@@ -163,12 +196,12 @@ def forward(
         x: Of one of `DTYPES`, dense; only its memory matters, not its shape.
         layout: What `layout_of` returned.
         formula: The switches and the activation.
-        weight: Of `flat`.
-        bias: Of `flat`.
+        weight: Contiguous float32 in the order of `flat`.
+        bias: As weight.
         residual: Of x's dtype and strides.
         mask: Boolean, of x's strides: the cells that count.
-        mean: Given in place of x's own, of `flat`; with var.
-        var: Given, of `flat`.
+        mean: Given in place of x's own, contiguous float32 in the order of `flat`; with var.
+        var: As mean.
     """
     y, statistics = torch.empty_like(x), torch.empty(5, layout.set_count)
     torch.ops.normscope.forward.default(
@@ -176,6 +209,43 @@ def forward(
         formula.eps,
     )  # fmt: skip
     return y, statistics
+
+
+def recipe(layout: Layout, formula: Formula, *, fixed: bool, correction: float, origin: str) -> int:
+    """The number by which the C++ steps know how to compute one formula on tensors seen one way.
+
+    Args:
+        layout: What `layout_of` returned.
+        formula: The switches and the activation.
+        fixed: The moments are given.
+        correction: What makes a variance unbiased.
+        origin: What the Python side needs to find view and formula again.
+    """
+    number: int = torch.ops.normscope.recipe(
+        layout.plan, layout.set_count, _flags(formula, fixed), formula.eps, correction, origin
+    )
+    return number
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    skip_nonfinite: bool,
+    number: int,
+) -> tuple[Tensor, Tensor]:
+    """`forward` with its gradient and `update` in one step; tensors of any floating dtype, `number` of `recipe`."""
+    result: tuple[Tensor, Tensor] = torch.ops.normscope.normalize.default(
+        x, weight, bias, residual, mask, mean, var, running_mean, running_var, momentum, skip_nonfinite, number
+    )
+    return result
 
 
 class Gradients(NamedTuple):
@@ -228,13 +298,12 @@ def _flags(formula: Formula, fixed: bool) -> int:
 
 
 def flat(t: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
-    """A tensor that broadcasts through the parts, as contiguous float32 in memory order over some of them."""
-    t = t.detach().float()
+    """A tensor that broadcasts through the parts, as numbers in memory order over some of them."""
     if any(t.shape[i] != shape[i] for i in order):
         t = t.expand([shape[i] if i in order else n for i, n in enumerate(t.shape)])
     if list(order) != sorted(order):
         t = t.permute(*order, *(i for i in range(t.dim()) if i not in order))
-    return t.reshape(-1).contiguous()
+    return t.reshape(-1)
 
 
 def unflat(t: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
