@@ -38,22 +38,33 @@ struct Across {
   int64_t sets(int64_t u) const { return (repeat > 1 ? p.length : width(u)) / p.fold; }
   int64_t set(int64_t u) const { return u / tiles * p.sets_per_task() + first(u) / p.fold; }
   int64_t param_base(int64_t u) const { return p.task(u / tiles).param; }
-  bool simple() const { return p.fold == 1 && repeat == 1; }  // every column is a set
-  int64_t group() const { return p.fold * repeat; }             // columns of a set
+  int64_t most_sets() const { return columns / group(); }
+  int64_t group() const { return p.fold * repeat; }  // columns of a set
   bool ordered() const { return repeat == 1 && !std::is_same_v<T, BF16>; }  // slots lie set by set
 
-  // Numbers per slot, set by set.
-  void sort(double* numbers) const {
-    if (ordered()) return;
-    alignas(64) double sorted[kSegment];
-    for (int64_t i = 0; i < columns; ++i) sorted[i] = numbers[slots[i]];
-    std::memcpy(numbers, sorted, static_cast<size_t>(columns) * sizeof(double));
+  // Numbers per column → their sums per set, and the other way: a set's number for all its columns.
+  void fold(const float* numbers, int64_t count, double* out) const {
+    const int64_t n = group();
+    if (n == 1) {
+      for (int64_t s = 0; s < count; ++s) out[s] = numbers[ordered() ? s : slots[s]];
+      return;
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      const int32_t* k = slots.get() + s * n;
+      out[s] = ordered() ? sum_of(n, [&](int64_t i) { return numbers[*k + i]; }) : sum_of(n, [&](int64_t i) { return numbers[k[i]]; });
+    }
   }
-  void fill(float* numbers, int64_t s, float value) const {  // for all columns of the s-th set
-    const int32_t* k = slots.get() + s * group();
-    if (ordered()) std::fill_n(numbers + *k, group(), value);
+  void spread(const float* by_set, int64_t count, float* numbers) const {
+    const int64_t n = group();
+    if (ordered() && n == 1) std::memcpy(numbers, by_set, static_cast<size_t>(count) * sizeof(float));
+    else if (ordered())
+      for (int64_t s = 0; s < count; ++s) std::fill_n(numbers + slots[s * n], n, by_set[s]);
     else
-      for (int64_t i = 0; i < group(); ++i) numbers[k[i]] = value;
+      for (int64_t s = 0; s < count; ++s)
+        for (int64_t i = 0; i < n; ++i) {
+          NORMSCOPE_ONE_BY_ONE;
+          numbers[slots[s * n + i]] = by_set[s];
+        }
   }
 
   // body(offset in x, offset of the row's parameter) for each row of a block.
@@ -87,16 +98,21 @@ struct Across {
     int64_t at = (first(u) / p.fold + s) * p.param_outer;
     const int32_t* k = slots.get() + s * p.fold * repeat;
     for (int64_t i = 0; i < p.fold; ++i, at += p.param_inner)
-      for (int64_t r = 0; r < repeat; ++r) body(*k++, at);
+      for (int64_t r = 0; r < repeat; ++r) {
+        NORMSCOPE_ONE_BY_ONE;
+        body(*k++, at);
+      }
   }
 };
 
-// Per column: Σ(x − shift), Σ(x − shift)² and, with a mask, the kept cells of a block; out has three pieces of `pitch`.
+// Per set: Σ(x − shift), Σ(x − shift)² and the kept cells of a block; out has three pieces of `most_sets`.
 template <class T>
 void column_squares(const Across<T>& a, const T* x, const uint8_t* mask, int64_t u, int64_t b, const float* shift, double* out) {
   alignas(64) float first[kSegment], second[kSegment], kept[kSegment], few_first[kSegment], few_second[kSegment];
-  const int64_t n = a.width(u);
-  for (float* sums : {first, second, kept, few_first, few_second}) std::memset(sums, 0, static_cast<size_t>(a.pitch) * sizeof(float));
+  const int64_t n = a.width(u), sets = a.sets(u);
+  const size_t bytes = static_cast<size_t>(a.pitch) * sizeof(float);
+  for (float* sums : {first, second, few_first, few_second}) std::memset(sums, 0, bytes);
+  if (mask) std::memset(kept, 0, bytes);
   auto flush = [&] {
     for (int64_t k = 0; k < a.pitch; ++k) {
       first[k] += few_first[k];
@@ -126,20 +142,23 @@ void column_squares(const Across<T>& a, const T* x, const uint8_t* mask, int64_t
   };
   a.row_groups(u, b, [&](auto group, const int64_t* offsets, const int64_t*) { add(group, offsets); });
   flush();
-  for (int64_t k = 0; k < a.pitch; ++k) {
-    out[k] = first[k];
-    out[a.pitch + k] = second[k];
-    out[2 * a.pitch + k] = mask ? kept[k] : static_cast<double>(rows);
-  }
+  a.fold(first, sets, out);
+  a.fold(second, sets, out + a.most_sets());
+  if (mask) a.fold(kept, sets, out + 2 * a.most_sets());
+  else std::fill_n(out + 2 * a.most_sets(), sets, static_cast<double>(rows * a.group()));
 }
 
+// A first guess of the means, of the first rows: some 32 cells per set, or the eighth of them.
 template <class T>
 void column_guess(const Across<T>& a, const T* x, const uint8_t* mask, int64_t u, float* shift) {
-  alignas(64) float kept[kSegment];
-  const int64_t n = a.width(u);
-  std::memset(shift, 0, static_cast<size_t>(a.pitch) * sizeof(float));
-  std::memset(kept, 0, static_cast<size_t>(a.pitch) * sizeof(float));
-  const int64_t few = std::clamp<int64_t>(a.rows / 8, 1, kFewRows);
+  alignas(64) float sum[kSegment], kept[kSegment], by_set[kSegment];
+  alignas(64) double sums[kSegment], counts[kSegment];
+  const int64_t n = a.width(u), sets = a.sets(u);
+  const size_t bytes = static_cast<size_t>(a.pitch) * sizeof(float);
+  std::memset(sum, 0, bytes);
+  if (mask) std::memset(kept, 0, bytes);
+  const int64_t enough = std::min<int64_t>(kFewRows, (31 + a.group()) / a.group());
+  const int64_t few = std::clamp<int64_t>(a.rows / 8, 1, enough);
   int64_t rows = 0;
   a.block(u, 0, [&](int64_t offset, int64_t) {
     if (rows >= few) return;
@@ -151,10 +170,22 @@ void column_guess(const Across<T>& a, const T* x, const uint8_t* mask, int64_t u
         v = v & m;
         put(kept + i, get(kept + i) + (step(1) & m));
       }
-      put(shift + i, get(shift + i) + v);
+      put(sum + i, get(sum + i) + v);
     });
   });
-  for (int64_t k = 0; k < a.pitch; ++k) shift[k] /= mask ? (kept[k] > 0 ? kept[k] : 1.f) : static_cast<float>(rows);
+  a.fold(sum, sets, sums);
+  if (mask) a.fold(kept, sets, counts);
+  else std::fill_n(counts, sets, static_cast<double>(rows * a.group()));
+  for (int64_t s = 0; s < sets; ++s) by_set[s] = static_cast<float>(sums[s] / (counts[s] > 0 ? counts[s] : 1.0));
+  std::memset(shift, 0, bytes);
+  a.spread(by_set, sets, shift);
+}
+
+template <class F>
+auto each_unit(F& finish) {
+  return [&finish](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) finish(u);
+  };
 }
 
 // Per column: z = (x − high)·factor + shift.
@@ -165,24 +196,28 @@ struct Columns {
 
 template <class F, class T>
 void fill_columns(const F& f, const Across<T>& a, int64_t u, Columns& columns) {
-  const int64_t base = a.param_base(u), set = a.set(u), c = u * a.pitch;
+  const int64_t base = a.param_base(u), set = a.set(u), c = u * a.pitch, sets = a.sets(u);
   float *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
   const float *weight = f.plan.row_params() ? nullptr : f.weight, *bias = f.plan.row_params() ? nullptr : f.bias;
-  for (float* numbers : {high, factor, shift}) std::fill(numbers, numbers + a.pitch, 0.f);
-  const bool shared = a.p.param_inner == 0 || (!weight && !bias);  // all columns of a set have the same parameters
-  for (int64_t s = 0; s < a.sets(u); ++s) {
-    if (shared) {
-      const int64_t at = base + (a.first(u) / a.p.fold + s) * a.p.param_outer;
-      const Line l = line(f.high[set + s], f.low[set + s], f.rstd[set + s], f.center, weight ? weight[at] : 1.f, bias ? bias[at] : 0.f);
-      a.fill(high, s, l.high), a.fill(factor, s, l.factor), a.fill(shift, s, l.shift);
-      continue;
+  if (a.width(u) < a.pitch)
+    for (float* numbers : {high, factor, shift}) std::fill(numbers, numbers + a.pitch, 0.f);
+  if (a.p.param_inner == 0 || (!weight && !bias)) {  // all columns of a set have the same parameters
+    alignas(64) float highs[kSegment], factors[kSegment], shifts[kSegment];
+    const int64_t at = base + a.first(u) / a.p.fold * a.p.param_outer, step = a.p.param_outer;
+    const float *lows = f.low + set, *rstds = f.rstd + set, *means = f.high + set;
+    for (int64_t s = 0; s < sets; ++s) {
+      const Line l = line(means[s], lows[s], rstds[s], f.center, weight ? weight[at + s * step] : 1.f, bias ? bias[at + s * step] : 0.f);
+      highs[s] = l.high, factors[s] = l.factor, shifts[s] = l.shift;
     }
+    a.spread(highs, sets, high), a.spread(factors, sets, factor), a.spread(shifts, sets, shift);
+    return;
+  }
+  for (int64_t s = 0; s < sets; ++s)
     a.set_columns(u, s, [&](int64_t k, int64_t at) {
       const Line l = line(f.high[set + s], f.low[set + s], f.rstd[set + s], f.center, weight ? weight[base + at] : 1.f,
                           bias ? bias[base + at] : 0.f);
       high[k] = l.high, factor[k] = l.factor, shift[k] = l.shift;
     });
-  }
 }
 
 template <class T>
@@ -191,10 +226,11 @@ void forward_across(const Forward& f) {
   const Across<T> a{p};
   const ForwardTensors<T> tensors(f);
   const bool row = p.row_params();
-  auto partial = buffer<double>(f.given ? 0 : a.units * a.blocks * 3 * a.pitch);
+  const int64_t most = a.most_sets();
+  auto partial = buffer<double>(f.given ? 0 : a.units * a.blocks * 3 * most);
   auto shifts = buffer<float>(a.units * a.pitch);
   Columns columns(a.units * a.pitch);
-  auto at = [&](int64_t u, int64_t b) { return partial.get() + (u * a.blocks + b) * 3 * a.pitch; };
+  auto at = [&](int64_t u, int64_t b) { return partial.get() + (u * a.blocks + b) * 3 * most; };
 
   auto guess = [&](int64_t u) {
     float* shift = shifts.get() + u * a.pitch;
@@ -204,20 +240,16 @@ void forward_across(const Forward& f) {
   auto statistics = [&](int64_t u, int64_t b) {
     if (!f.given) column_squares(a, tensors.x, tensors.mask, u, b, shifts.get() + u * a.pitch, at(u, b));
   };
-  // Per column the mean of x − shift and of its square, and the cells behind them.
+  // Per set the mean of x − shift and of its square, and the cells behind them.
   auto totals = [&](int64_t u, double* first, double* second, double* count) {
-    std::fill(first, first + a.pitch, 0.0);
-    std::fill(second, second + a.pitch, 0.0);
-    std::fill(count, count + a.pitch, 0.0);
-    for (int64_t b = 0; b < a.blocks; ++b) {
+    std::memcpy(first, at(u, 0), static_cast<size_t>(a.sets(u)) * sizeof(double));
+    std::memcpy(second, at(u, 0) + most, static_cast<size_t>(a.sets(u)) * sizeof(double));
+    std::memcpy(count, at(u, 0) + 2 * most, static_cast<size_t>(a.sets(u)) * sizeof(double));
+    for (int64_t b = 1; b < a.blocks; ++b) {
       const double* s = at(u, b);
-      for (int64_t k = 0; k < a.pitch; ++k) {
-        first[k] += s[k];
-        second[k] += s[a.pitch + k];
-        count[k] += s[2 * a.pitch + k];
-      }
+      for (int64_t k = 0; k < a.sets(u); ++k) first[k] += s[k], second[k] += s[most + k], count[k] += s[2 * most + k];
     }
-    for (int64_t k = 0; k < a.pitch; ++k) {
+    for (int64_t k = 0; k < a.sets(u); ++k) {
       const double n = count[k] > 1 ? count[k] : 1.0;
       first[k] /= n;
       second[k] /= n;
@@ -225,56 +257,30 @@ void forward_across(const Forward& f) {
   };
   auto statistics_of_sets = [&](int64_t u) {
     alignas(64) double first[kSegment], second[kSegment], count[kSegment];
+    alignas(64) float by_set[kSegment];
     float* shift = shifts.get() + u * a.pitch;
+    const int64_t sets = a.sets(u), set = a.set(u);
+    const int32_t* slot = a.slots.get();
     totals(u, first, second, count);
     if (f.center) {
       bool again = false;
-      for (int64_t k = 0; k < a.pitch; ++k) again |= off_centre(first[k], second[k]);
+      for (int64_t s = 0; s < sets; ++s) again |= off_centre(first[s], second[s]);
       if (again) {
-        for (int64_t k = 0; k < a.pitch; ++k) shift[k] = static_cast<float>(shift[k] + first[k]);
+        for (int64_t s = 0; s < sets; ++s) by_set[s] = static_cast<float>(shift[slot[s * a.group()]] + first[s]);
+        a.spread(by_set, sets, shift);
         for (int64_t b = 0; b < a.blocks; ++b) column_squares(a, tensors.x, tensors.mask, u, b, shift, at(u, b));
         totals(u, first, second, count);
       }
     }
-    const int64_t set = a.set(u);
-    if (a.simple()) {  // in vectors: there may be as many sets as a map has cells
-      alignas(64) double rstd[kSegment];
-      for (int64_t k = 0; k < a.pitch; ++k) {
-        const double var = f.center ? second[k] - first[k] * first[k] : second[k];
-        first[k] = f.center ? shift[k] + first[k] : 0.0;
-        second[k] = var < 0 ? 0.0 : var;
-        rstd[k] = f.scale ? 1 / std::sqrt(second[k] + f.eps) : 1.0;
-      }
-      for (int64_t s = 0; s < a.sets(u); ++s) {
-        const int32_t k = a.slots[s];
-        const float high = static_cast<float>(first[k]);
-        f.high[set + s] = high;
-        f.low[set + s] = std::isfinite(high) ? static_cast<float>(first[k] - high) : 0.f;
-        f.var[set + s] = static_cast<float>(second[k]);
-        f.rstd[set + s] = static_cast<float>(rstd[k]);
-        f.count[set + s] = static_cast<float>(count[k]);
-      }
-      return;
-    }
-    // Columns of one set: the mean of their means, the variances and the spread of the means, weighted by their cells.
-    for (int64_t k = 0; k < a.pitch; ++k) {
-      const double var = f.center ? second[k] - first[k] * first[k] : second[k];
-      first[k] = f.center ? shift[k] + first[k] : 0.0;
-      second[k] = var;
-    }
-    for (double* numbers : {first, second, count}) a.sort(numbers);
-    const int64_t group = a.group();
-    for (int64_t s = 0; s < a.sets(u); ++s) {
-      const double *mean = first + s * group, *var = second + s * group, *kept = count + s * group;
-      const double cells = sum_of(group, [&](int64_t i) { return kept[i]; }), n = std::max(cells, 1.0);
-      const double centre = sum_of(group, [&](int64_t i) { return kept[i] * mean[i]; }) / n;
-      const double spread = sum_of(group, [&](int64_t i) { return kept[i] * (var[i] + (mean[i] - centre) * (mean[i] - centre)); });
-      const Moments m = moments(centre, spread / n, f.eps, f.scale);
-      f.high[set + s] = m.high, f.low[set + s] = m.low, f.var[set + s] = m.var, f.rstd[set + s] = m.rstd;
-      f.count[set + s] = static_cast<float>(cells);
+    for (int64_t s = 0; s < sets; ++s) by_set[s] = shift[slot[s * a.group()]];
+    float *high = f.high + set, *low = f.low + set, *var = f.var + set, *rstd = f.rstd + set, *cells = f.count + set;
+    for (int64_t s = 0; s < sets; ++s) {  // in vectors: there may be as many sets as a map has cells
+      const double spread = f.center ? second[s] - first[s] * first[s] : second[s];
+      const Moments m = moments(f.center && count[s] > 0 ? by_set[s] + first[s] : 0.0, spread, f.eps, f.scale);
+      high[s] = m.high, low[s] = m.low, var[s] = m.var, rstd[s] = m.rstd, cells[s] = static_cast<float>(count[s]);
     }
   };
-  auto finish = [&](int64_t u) {
+  auto finish_unit = [&](int64_t u) {
     if (f.given) {
       for (int64_t set = a.set(u); set < a.set(u) + a.sets(u); ++set) {
         const Moments m = moments(f.high[set], f.var[set], f.eps, f.scale);
@@ -285,6 +291,7 @@ void forward_across(const Forward& f) {
     }
     fill_columns(f, a, u, columns);
   };
+  auto finish = each_unit(finish_unit);
   with_act<T>(f.activation, [&](auto act) {
     auto apply = [&](int64_t u, int64_t b) {
       const int64_t n = a.width(u), base = a.param_base(u), c = u * a.pitch;
@@ -314,11 +321,15 @@ void backward_across(const Backward& f) {
   const BackwardTensors<T> tensors(f);
   const bool row = p.row_params(), learns = f.dweight || f.dbias;
   Columns columns(a.units * a.pitch), slopes(a.units * a.pitch);
-  auto partial = buffer<double>(a.units * a.blocks * 2 * a.pitch);
+  // All columns of a set have the same parameters: its sums are all that is needed of them.
+  const float* weight = row ? nullptr : f.weight;
+  const bool own = !row && learns, shared = row || p.param_inner == 0 || (!weight && !own);
+  const int64_t most = shared ? a.most_sets() : a.pitch;
+  auto partial = buffer<double>(a.units * a.blocks * 2 * most);
   // Two blocks of one slab may touch the same parameter, so each has an accumulator of its own.
   const int64_t per_unit = row ? a.blocks : 1;
   ParamSums sums(a.units * per_unit, p.params_per_task(), learns);
-  auto at = [&](int64_t u, int64_t b) { return partial.get() + (u * a.blocks + b) * 2 * a.pitch; };
+  auto at = [&](int64_t u, int64_t b) { return partial.get() + (u * a.blocks + b) * 2 * most; };
 
   auto with_z = [&](int64_t u, int64_t param, auto&& body) {
     const int64_t base = a.param_base(u), c = u * a.pitch;
@@ -333,36 +344,41 @@ void backward_across(const Backward& f) {
     }
   };
   auto prepare = [&](int64_t u) { fill_columns(f, a, u, columns); };
-  auto finish = [&](int64_t u) {
+  auto finish_unit = [&](int64_t u) {
     alignas(64) double first[kSegment], second[kSegment];
-    std::fill(first, first + a.pitch, 0.0);
-    std::fill(second, second + a.pitch, 0.0);
-    for (int64_t b = 0; b < a.blocks; ++b) {
+    const int64_t count = shared ? a.sets(u) : a.pitch;
+    std::memcpy(first, at(u, 0), static_cast<size_t>(count) * sizeof(double));
+    std::memcpy(second, at(u, 0) + most, static_cast<size_t>(count) * sizeof(double));
+    for (int64_t b = 1; b < a.blocks; ++b) {
       const double* s = at(u, b);
-      for (int64_t k = 0; k < a.pitch; ++k) first[k] += s[k], second[k] += s[a.pitch + k];
+      for (int64_t k = 0; k < count; ++k) first[k] += s[k], second[k] += s[most + k];
     }
-    const int64_t base = a.param_base(u), c = u * a.pitch, group = a.group();
-    const float* weight = row ? nullptr : f.weight;
-    const bool own = !row && learns, shared = row || p.param_inner == 0 || (!weight && !own);
-    if (shared) a.sort(first), a.sort(second);
-    for (int64_t s = 0; s < a.sets(u); ++s) {
-      const int64_t set = a.set(u) + s, one = (a.first(u) / p.fold + s) * p.param_outer;
-      const double low = f.center ? f.low[set] : 0, rstd = f.rstd[set];
-      const double cells = f.mask ? std::max(f.count[set], 1.f) : static_cast<double>(p.cells());
-      if (shared) {
-        const double g = sum_of(group, [&](int64_t i) { return first[s * group + i]; });
-        const double gx = (sum_of(group, [&](int64_t i) { return second[s * group + i]; }) - low * g) * rstd;
-        const double w = weight ? weight[base + one] : 1.0;
-        if (own) {
-          sums.weight[u * sums.size + one] += static_cast<float>(gx);
-          sums.bias[u * sums.size + one] += static_cast<float>(g);
-        }
-        const Slope l = slope(f, low, rstd, g * w, gx * w, cells);
-        a.fill(slopes.high.get() + c, s, l.a * static_cast<float>(w));
-        a.fill(slopes.factor.get() + c, s, l.b);
-        a.fill(slopes.shift.get() + c, s, l.c);
-        continue;
+    const int64_t base = a.param_base(u), set = a.set(u), c = u * a.pitch;
+    float *sa = slopes.high.get() + c, *sb = slopes.factor.get() + c, *sc = slopes.shift.get() + c;
+    const float *lows = f.low + set, *rstds = f.rstd + set, *counts = f.count + set;
+    const double all = 1.0 / static_cast<double>(p.cells());
+    if (shared) {
+      alignas(64) float as[kSegment], bs[kSegment], cs[kSegment];
+      const int64_t one = a.first(u) / p.fold * p.param_outer, step = p.param_outer;
+      float *dweight = own ? sums.weight.get() + u * sums.size + one : nullptr, *dbias = own ? sums.bias.get() + u * sums.size + one : nullptr;
+      for (int64_t s = 0; s < a.sets(u); ++s) {
+        const double low = f.center ? lows[s] : 0, rstd = rstds[s];
+        const double g = first[s], gx = (second[s] - low * g) * rstd, w = weight ? weight[base + one + s * step] : 1.0;
+        const Slope l = slope(f, low, rstd, g * w, gx * w, f.mask ? 1.0 / std::max(counts[s], 1.f) : all);
+        as[s] = l.a * static_cast<float>(w), bs[s] = l.b, cs[s] = l.c;
+        first[s] = g, second[s] = gx;
       }
+      if (own)
+        for (int64_t s = 0; s < a.sets(u); ++s) {
+          NORMSCOPE_ONE_BY_ONE;
+          dweight[s * step] += static_cast<float>(second[s]);
+          dbias[s * step] += static_cast<float>(first[s]);
+        }
+      a.spread(as, a.sets(u), sa), a.spread(bs, a.sets(u), sb), a.spread(cs, a.sets(u), sc);
+      return;
+    }
+    for (int64_t s = 0; s < a.sets(u); ++s) {
+      const double low = f.center ? lows[s] : 0, rstd = rstds[s];
       double set_g = 0, set_gx = 0;
       a.set_columns(u, s, [&](int64_t k, int64_t column) {
         const double gx = (second[k] - low * first[k]) * rstd, w = weight ? weight[base + column] : 1.0;
@@ -373,14 +389,15 @@ void backward_across(const Backward& f) {
         set_g += first[k] * w;
         set_gx += gx * w;
       });
-      const Slope l = slope(f, low, rstd, set_g, set_gx, cells);
+      const Slope l = slope(f, low, rstd, set_g, set_gx, f.mask ? 1.0 / std::max(counts[s], 1.f) : all);
       a.set_columns(u, s, [&](int64_t k, int64_t column) {
-        slopes.high[c + k] = l.a * (weight ? weight[base + column] : 1.f);
-        slopes.factor[c + k] = l.b;
-        slopes.shift[c + k] = l.c;
+        sa[k] = l.a * (weight ? weight[base + column] : 1.f);
+        sb[k] = l.b;
+        sc[k] = l.c;
       });
     }
   };
+  auto finish = each_unit(finish_unit);
   with_act<T>(f.activation, [&](auto act) {
     auto reduce = [&](int64_t u, int64_t b) {
       alignas(64) float first[kSegment], second[kSegment];
@@ -424,7 +441,12 @@ void backward_across(const Backward& f) {
         });
       }
       double* out = at(u, b);
-      for (int64_t k = 0; k < a.pitch; ++k) out[k] = first[k], out[a.pitch + k] = second[k];
+      if (shared) {
+        a.fold(first, a.sets(u), out);
+        a.fold(second, a.sets(u), out + most);
+      } else {
+        for (int64_t k = 0; k < a.pitch; ++k) out[k] = first[k], out[most + k] = second[k];
+      }
     };
     auto apply = [&](int64_t u, int64_t b) {
       if (!f.dx && !f.dresidual) return;

@@ -75,6 +75,20 @@ Sums run_squares(const T* x, const uint8_t* mask, int64_t n, float shift) {
   return {sum(first), sum(second), static_cast<double>(count)};
 }
 
+// A first guess of a set's mean: of its first cells.
+template <class T>
+float run_guess(const T* x, const uint8_t* mask, int64_t n) {
+  if (mask) {
+    const Sums s = run_squares(x, mask, std::min<int64_t>(n, 64), 0.f);
+    return s.count > 0 ? static_cast<float>(s.first / s.count) : 0.f;
+  }
+  if (n < kStep) return rough_sum(Rest<T>{static_cast<int>(n)}.load(x)) / static_cast<float>(n);
+  W cells = read(x);
+  const int64_t few = n < 1024 ? kStep : std::max<int64_t>(kStep, 64);
+  for (int64_t i = kStep; i < few; i += kStep) cells += read(x + i);
+  return rough_sum(cells) / static_cast<float>(few);
+}
+
 template <class T>
 void forward_along(const Forward& f) {
   const Plan& p = f.plan;
@@ -83,7 +97,9 @@ void forward_along(const Forward& f) {
   const int64_t tasks = p.task_count();
   const bool inner = p.param_inner;
   const RunParams<T> params(p, f.weight, f.bias, inner && (f.weight || f.bias));
-  auto partial = buffer<Sums>(f.given ? 0 : tasks * along.blocks);
+  const bool counts = f.mask != nullptr;
+  const int64_t blocks = along.blocks, partials = f.given ? 0 : tasks * blocks;
+  auto first = buffer<double>(partials), second = buffer<double>(partials), kept = buffer<double>(counts ? partials : 0);
   auto shifts = buffer<float>(tasks);
 
   auto squares = [&](int64_t t, int64_t b) {
@@ -91,45 +107,60 @@ void forward_along(const Forward& f) {
     Sums sums;
     along.block(b, [&](int64_t offset, int64_t, int64_t n, int64_t) {
       offset += base;
-      sums += run_squares(tensors.x + offset, tensors.mask ? tensors.mask + offset : nullptr, n, shifts[t]);
+      sums += run_squares(tensors.x + offset, counts ? tensors.mask + offset : nullptr, n, shifts[t]);
     });
-    partial[t * along.blocks + b] = sums;
+    first[t * blocks + b] = sums.first, second[t * blocks + b] = sums.second;
+    if (counts) kept[t * blocks + b] = sums.count;
   };
   auto guess = [&](int64_t t) {
     shifts[t] = 0;
-    if (f.given || !f.center) return;
-    const int64_t base = p.task(t).stride;
-    const Sums s = run_squares(tensors.x + base, tensors.mask ? tensors.mask + base : nullptr, std::min<int64_t>(p.length, p.length < 1024 ? 32 : 64), 0.f);
-    if (s.count > 0) shifts[t] = static_cast<float>(s.first / s.count);
+    if (!f.given && f.center) {
+      const int64_t base = p.task(t).stride;
+      shifts[t] = run_guess(tensors.x + base, counts ? tensors.mask + base : nullptr, p.length);
+    }
   };
   auto statistics = [&](int64_t t, int64_t b) {
     if (!f.given) squares(t, b);
   };
-  auto total = [&](int64_t t) {
-    Sums s;
-    for (int64_t b = 0; b < along.blocks; ++b) s += partial[t * along.blocks + b];
-    const double count = std::max(s.count, 1.0);
-    return Sums{s.first / count, s.second / count, s.count};
+  auto close = [&](int64_t t, double mean, double square) __attribute__((always_inline)) {
+    const double var = f.center ? square - mean * mean : square;
+    const Moments m = moments(f.center ? shifts[t] + mean : 0.0, var, f.eps, f.scale);
+    f.high[t] = m.high, f.low[t] = m.low, f.var[t] = m.var, f.rstd[t] = m.rstd;
   };
-  auto finish = [&](int64_t t) {
-    Moments m;
-    if (f.given) {
-      m = moments(f.high[t], f.var[t], f.eps, f.scale);
-    } else {
-      Sums s = total(t);
-      if (f.center && off_centre(s.first, s.second)) {
-        shifts[t] = static_cast<float>(shifts[t] + s.first);
-        for (int64_t b = 0; b < along.blocks; ++b) squares(t, b);
-        s = total(t);
-      }
-      m = f.center ? moments(s.count > 0 ? shifts[t] + s.first : 0, s.second - s.first * s.first, f.eps, f.scale)
-                   : moments(0, s.second, f.eps, f.scale);
-      f.high[t] = m.high;
-      f.var[t] = m.var;
-      f.count[t] = static_cast<float>(s.count);
+  auto close_slowly = [&](int64_t t) {  // all blocks, counted cells, and again where the guess was bad
+    for (bool again = false;; again = true) {
+      Sums s;
+      for (int64_t b = 0; b < blocks; ++b)
+        s += Sums{first[t * blocks + b], second[t * blocks + b], counts ? kept[t * blocks + b] : 0.0};
+      const double count = counts ? s.count : static_cast<double>(p.cells()), n = std::max(count, 1.0);
+      const double mean = s.first / n, square = s.second / n;
+      f.count[t] = static_cast<float>(count);
+      if (again || !f.center || !off_centre(mean, square)) return close(t, mean, square);
+      shifts[t] = static_cast<float>(shifts[t] + mean);
+      for (int64_t b = 0; b < blocks; ++b) squares(t, b);
     }
-    f.low[t] = m.low;
-    f.rstd[t] = m.rstd;
+  };
+  auto finish = [&](int64_t begin, int64_t end) {
+    if (f.given) {
+      for (int64_t t = begin; t < end; ++t) {
+        const Moments m = moments(f.high[t], f.var[t], f.eps, f.scale);
+        f.low[t] = m.low, f.rstd[t] = m.rstd;
+      }
+    } else if (counts || blocks > 1) {
+      for (int64_t t = begin; t < end; ++t) close_slowly(t);
+    } else {  // short sets: the roots and divisions of several at once
+      const double each = 1.0 / static_cast<double>(p.cells());
+      int off = 0;
+      for (int64_t t = begin; t < end; ++t) {
+        const double mean = first[t] * each, square = second[t] * each;
+        off |= off_centre(mean, square);
+        f.count[t] = static_cast<float>(p.cells());
+        close(t, mean, square);
+      }
+      if (f.center && off)
+        for (int64_t t = begin; t < end; ++t)
+          if (off_centre(first[t] * each, second[t] * each)) close_slowly(t);
+    }
   };
   with_act<T>(f.activation, [&](auto act) {
     auto apply = [&](int64_t t, int64_t b) {
@@ -153,7 +184,7 @@ void forward_along(const Forward& f) {
         }
       });
     };
-    sweep(p, tasks, along.blocks, p.cells(), guess, statistics, finish, apply);
+    sweep(p, tasks, blocks, p.cells(), guess, statistics, finish, apply);
   });
 }
 
@@ -190,11 +221,13 @@ void backward_along(const Backward& f) {
       body([=](int64_t, const W& x) __attribute__((always_inline)) { return (x - high) * factor + shift; });
     }
   };
-  auto finish = [&](int64_t t) {
-    Sums s;
-    for (int64_t b = 0; b < along.blocks; ++b) s += partial[t * along.blocks + b];
-    const double cells = f.mask ? std::max(f.count[t], 1.f) : static_cast<double>(p.cells());
-    slopes[t] = slope(f, f.low[t], f.rstd[t], s.first, s.second, cells);
+  auto finish = [&](int64_t begin, int64_t end) {
+    const double all = 1.0 / static_cast<double>(p.cells());
+    for (int64_t t = begin; t < end; ++t) {
+      Sums s;
+      for (int64_t b = 0; b < along.blocks; ++b) s += partial[t * along.blocks + b];
+      slopes[t] = slope(f, f.low[t], f.rstd[t], s.first, s.second, f.mask ? 1.0 / std::max(f.count[t], 1.f) : all);
+    }
   };
   with_act<T>(f.activation, [&](auto act) {
     auto reduce = [&](int64_t t, int64_t b) {

@@ -93,7 +93,7 @@ struct Moments {
 inline Moments moments(double mean, double var, double eps, bool scale) {
   var = var < 0 ? 0 : var;  // NaN passes
   const float high = static_cast<float>(mean);
-  const float low = std::isfinite(high) ? static_cast<float>(mean - high) : 0.f;
+  const float low = high - high == 0 ? static_cast<float>(mean - high) : 0.f;  // finite
   return {high, low, static_cast<float>(var), scale ? static_cast<float>(1 / std::sqrt(var + eps)) : 1.f};
 }
 
@@ -113,10 +113,11 @@ struct Slope {  // dx = g·a + (x − high)·b + c
   float a, b, c;
 };
 
-inline Slope slope(const Backward& f, double low, double rstd, double set_g, double set_gx, double cells) {
+// `each` is 1/|S|.
+inline Slope slope(const Backward& f, double low, double rstd, double set_g, double set_gx, double each) {
   if (f.fixed) return {static_cast<float>(rstd), 0, 0};
-  const double b = f.scale ? -set_gx / cells * rstd * rstd : 0;
-  const double c = f.center ? -set_g / cells * rstd - b * low : 0;
+  const double b = f.scale ? -set_gx * each * rstd * rstd : 0;
+  const double c = f.center ? -set_g * each * rstd - b * low : 0;
   return {static_cast<float>(rstd), static_cast<float>(b), static_cast<float>(c)};
 }
 
@@ -166,7 +167,7 @@ void sweep_in_cache(int64_t begin, int64_t end, int64_t blocks, int64_t cells, P
     for (int64_t t = first; t < last; ++t) prepare(t);
     for (int64_t t = first; t < last; ++t)
       for (int64_t b = 0; b < blocks; ++b) statistics(t, b);
-    for (int64_t t = first; t < last; ++t) finish(t);
+    finish(first, last);
     for (int64_t t = first; t < last; ++t)
       for (int64_t b = blocks - 1; b >= 0; --b) apply(t, b);
   }
@@ -190,9 +191,7 @@ void sweep(const Plan& p, int64_t tasks, int64_t blocks, int64_t cells, Prepare&
   auto first = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) statistics(i / blocks, i % blocks);
   };
-  auto middle = [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) finish(t);
-  };
+  auto middle = [&](int64_t begin, int64_t end) { finish(begin, end); };
   auto last = [&](int64_t begin, int64_t end) {
     for (int64_t i = end - 1; i >= begin; --i) apply(i / blocks, i % blocks);
     finish_streams();

@@ -6,6 +6,9 @@
 
 #define NORMSCOPE_INLINE inline __attribute__((always_inline))
 
+// In a loop that writes to places out of a table: vectors of them (AVX-512's scatter) took four times as long.
+#define NORMSCOPE_ONE_BY_ONE __asm__ volatile("")
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -69,14 +72,30 @@ NORMSCOPE_INLINE void put(float* p, const W& v) {
   for (int i = 0; i < kParts; ++i) *(VAnywhere*)(p + i * kLanes) = v.part[i];
 }
 
+// By halves: eight lanes, four, two. A template, so that each width has its types.
+template <class Number, int n>
+NORMSCOPE_INLINE Number folded(const Number* p) {
+  typedef Number Half __attribute__((vector_size(n / 2 * sizeof(Number)), aligned(sizeof(Number)), may_alias));
+  if constexpr (n == 2) {
+    return p[0] + p[1];
+  } else {
+    const Half half = *(const Half*)p + *(const Half*)(p + n / 2);
+    return folded<Number, n / 2>((const Number*)&half);
+  }
+}
 NORMSCOPE_INLINE double sum(const W& w) {
+  typedef float Half __attribute__((vector_size(kLanes * 2)));
+  typedef double Doubles __attribute__((vector_size(kLanes * 4)));
   V v = w.part[0];
   for (int i = 1; i < kParts; ++i) v += w.part[i];
-  double s[kLanes];
-  for (int j = 0; j < kLanes; ++j) s[j] = v[j];
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) s[j] += s[j + half];
-  return s[0];
+  const Half* halves = (const Half*)&v;
+  const Doubles d = __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
+  return folded<double, kLanes / 2>((const double*)&d);
+}
+NORMSCOPE_INLINE float rough_sum(const W& w) {
+  V v = w.part[0];
+  for (int i = 1; i < kParts; ++i) v += w.part[i];
+  return folded<float, kLanes>((const float*)&v);
 }
 
 NORMSCOPE_INLINE void stream(float* p, V v) {  // past the caches; p lies on a vector's boundary
@@ -197,11 +216,42 @@ struct Whole {
   NORMSCOPE_INLINE M mask(const uint8_t* p) const { return read_mask<T>(p); }
 };
 
-// Vector by vector as far as they are full; zeros beyond the end are read, and nothing is written.
+// The first cells of a step; zeros beyond them are read, and nothing is written there. With AVX-512 a mask does both. Else
+// vector by vector as far as they are full: through the stack it takes longer than several whole steps.
 template <class T>
 struct Rest {
   static constexpr int kFull = std::is_same_v<T, BF16> ? 2 * kLanes : kLanes;  // cells that move at once
   int count;
+#if defined(__AVX512BW__)
+  NORMSCOPE_INLINE uint32_t cells(int first = 0) const {  // a bit each, from some cell of the step on
+    const int left = count - first;
+    return left <= 0 ? 0u : left >= 32 ? ~0u : (1u << left) - 1u;
+  }
+  NORMSCOPE_INLINE W load(const T* p) const {
+    if constexpr (std::is_same_v<T, float>) {
+      return NORMSCOPE_EACH(V, (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>(cells(i * kLanes)), p + i * kLanes));
+    } else {
+      alignas(64) T step[kStep];
+      _mm512_store_si512(step, _mm512_maskz_loadu_epi16(cells(), p));
+      return read(step);
+    }
+  }
+  NORMSCOPE_INLINE void store(T* p, const W& v, bool) const {
+    if constexpr (std::is_same_v<T, float>) {
+      for (int i = 0; i < kParts; ++i)
+        _mm512_mask_storeu_ps(p + i * kLanes, static_cast<__mmask16>(cells(i * kLanes)), (__m512)v.part[i]);
+    } else {
+      alignas(64) T step[kStep];
+      write(step, v, false);
+      _mm512_mask_storeu_epi16(p, cells(), _mm512_load_si512(step));
+    }
+  }
+  NORMSCOPE_INLINE M mask(const uint8_t* p) const {
+    alignas(32) uint8_t step[kStep];
+    _mm256_store_si256((__m256i*)step, _mm256_maskz_loadu_epi8(cells(), p));
+    return read_mask<T>(step);
+  }
+#else
   template <class Cell>
   NORMSCOPE_INLINE void fetch(const Cell* p, Cell* cells) const {
     int i = 0;
@@ -220,17 +270,18 @@ struct Rest {
     for (; i + kFull <= count; i += kFull) std::memcpy(p + i, cells + i, kFull * sizeof(T));
     for (; i < count; ++i) p[i] = cells[i];
   }
+  NORMSCOPE_INLINE M mask(const uint8_t* p) const {
+    alignas(64) uint8_t cells[kStep] = {};
+    fetch(p, cells);
+    return read_mask<T>(cells);
+  }
+#endif
   NORMSCOPE_INLINE W keep(const W& v) const {
     return v & each<VI>([&](auto part) __attribute__((always_inline)) {
       VI cell;
       for (int j = 0; j < kLanes; ++j) cell[j] = kCellOf<T>[part * kLanes + j];
       return (VI)(cell < count);
     });
-  }
-  NORMSCOPE_INLINE M mask(const uint8_t* p) const {
-    alignas(64) uint8_t cells[kStep] = {};
-    fetch(p, cells);
-    return read_mask<T>(cells);
   }
 };
 
