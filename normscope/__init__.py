@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from normscope import functional, nn, optim, parametrizations
+from normscope import functional, nn, optim, parametrizations, states
 from normscope.errors import (
     ArgumentError,
     DataError,
@@ -13,6 +13,7 @@ from normscope.errors import (
     NotationError,
     ProofError,
     ShapeError,
+    StateError,
     SynchronizationError,
 )
 from normscope.functional.normalize import Moments, moments, normalize, plan
@@ -56,6 +57,7 @@ __all__ = [
     "ProofError",
     "Report",
     "ShapeError",
+    "StateError",
     "StateNotRestoredError",
     "SynchronizationError",
     "Thresholds",
@@ -78,6 +80,7 @@ __all__ = [
     "plan",
     "provisional_statistics",
     "recalibrate",
+    "states",
     "synchronize",
     "to_torch",
     "unfreeze",

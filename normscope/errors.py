@@ -8,6 +8,7 @@
     ├── DtypeError            (TypeError, NotImplementedError)  a tensor of the wrong kind of number
     ├── ProofError            (RuntimeError)              an edit of a model that did not keep its function
     ├── SynchronizationError  (RuntimeError)              ranks that do not compute the same layer
+    ├── StateError            (RuntimeError)              keys or values that are not those of a layer
     ├── DataError             (RuntimeError)              a data set that is absent or damaged
     └── DependencyError       (ImportError)               an optional package that is not installed
 
@@ -26,6 +27,7 @@ __all__ = [
     "NotationError",
     "ProofError",
     "ShapeError",
+    "StateError",
     "SynchronizationError",
 ]
 
@@ -83,6 +85,10 @@ class ProofError(NormscopeError, RuntimeError):
 
 class SynchronizationError(NormscopeError, RuntimeError):
     """The ranks of a process group do not compute the same layer, or one of them does not come."""
+
+
+class StateError(NormscopeError, RuntimeError):
+    """The state of a layer lacks a key, has one too many, or holds values that the other system cannot express."""
 
 
 class DataError(NormscopeError, RuntimeError):

@@ -10,11 +10,11 @@ PUBLIC = {
     "normscope": [
         "ArgumentError", "DataError", "DegenerateScopeError", "DependencyError", "DtypeError", "FixReport",
         "Moments",
-        "NormscopeError", "NotationError", "ProofError", "Report", "ShapeError",
+        "NormscopeError", "NotationError", "ProofError", "Report", "ShapeError", "StateError",
         "StateNotRestoredError", "Thresholds", "UnhealthyError", "__version__", "assert_healthy", "backends",
         "check", "freeze", "functional", "load", "moments", "nn", "normalize", "plan", "recalibrate", "unfreeze",
         "SynchronizationError", "desynchronize", "optim", "parametrizations", "pause_statistics",
-        "provisional_statistics", "synchronize", "accelerate", "to_torch",
+        "provisional_statistics", "states", "synchronize", "accelerate", "to_torch",
     ],
     "normscope.functional": ["add_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"],
     "normscope.nn": [

@@ -11,7 +11,7 @@ from normscope.surgery.find import Found, Select, find
 from normscope.surgery.operation import Draft, Surgery, operate
 from normscope.surgery.traits import Trait, add_trait, has_trait, remove_trait
 
-__all__ = ["Frozen", "freeze", "is_frozen", "unfreeze"]
+__all__ = ["Frozen", "freeze", "hold", "is_frozen", "unfreeze"]
 
 
 class _Thawed(NamedTuple):
@@ -70,7 +70,7 @@ def freeze(model: Module, *, affine: bool = False, select: Select = None, copy: 
         for found in find(draft.model, select):
             reason = _unfit(found, affine)
             if reason is None:
-                _freeze(found.module, affine)
+                hold(found.module, affine)
                 draft.change(found.name)
             elif reason:
                 draft.skip(found.name, reason)
@@ -133,7 +133,8 @@ def _learning(module: Module) -> tuple[str, ...]:
     return tuple(name for name, p in module._parameters.items() if p is not None and p.requires_grad)
 
 
-def _freeze(module: Module, affine: bool) -> None:
+def hold(module: Module, affine: bool) -> None:
+    """Freeze one module."""
     if not isinstance(module, Frozen):
         mode = module.training
         add_trait(module, Frozen)
