@@ -310,7 +310,7 @@ void forward_across(const Forward& f) {
         }
       });
     };
-    sweep(p, a.units, a.blocks, a.rows * a.columns, guess, statistics, finish, apply);
+    sweep(p, a.units, a.blocks, a.rows * a.columns, f.given, guess, statistics, finish, apply);
   });
 }
 
@@ -468,7 +468,7 @@ void backward_across(const Backward& f) {
         });
       });
     };
-    sweep(p, a.units, a.blocks, a.rows * a.columns, prepare, reduce, finish, apply);
+    sweep(p, a.units, a.blocks, a.rows * a.columns, false, prepare, reduce, finish, apply);
   });
   sums.into(f, p.param_count(), p.param_count(), [&](int64_t unit) { return a.param_base(unit / per_unit); }, [](int64_t j) { return j; });
 }

@@ -184,7 +184,7 @@ void forward_along(const Forward& f) {
         }
       });
     };
-    sweep(p, tasks, blocks, p.cells(), guess, statistics, finish, apply);
+    sweep(p, tasks, blocks, p.cells(), f.given, guess, statistics, finish, apply);
   });
 }
 
@@ -292,7 +292,7 @@ void backward_along(const Backward& f) {
     };
     auto nothing = [](int64_t) {};
     if (group == 1) {
-      sweep(p, tasks, along.blocks, p.cells(), nothing, reduce, finish, apply);
+      sweep(p, tasks, along.blocks, p.cells(), false, nothing, reduce, finish, apply);
     } else {  // whole groups, so that two threads never add to one accumulator
       auto body = [&](int64_t begin, int64_t end) {
         sweep_in_cache(begin * group, std::min(tasks, end * group), 1, p.cells(), nothing, reduce, finish, apply);

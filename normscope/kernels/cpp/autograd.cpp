@@ -8,12 +8,15 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <map>
 #include <mutex>
 #include <string>
 #include <tuple>
+
+#include "plan.h"
 
 namespace normscope {
 namespace {
@@ -28,34 +31,8 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-void run_forward(const Tensor& x, const Optional& residual, const Optional& mask, const Tensor& y, const Optional& weight,
-                 const Optional& bias, const Optional& mean, const Optional& var, const Tensor& statistics, int64_t plan,
-                 int64_t flags, double eps) {
-  static const auto kernel =
-      find<void(const Tensor&, const Optional&, const Optional&, const Tensor&, const Optional&, const Optional&,
-                const Optional&, const Optional&, const Tensor&, int64_t, int64_t, double)>("normscope::forward");
-  kernel.call(x, residual, mask, y, weight, bias, mean, var, statistics, plan, flags, eps);
-}
-
-void run_backward(const Tensor& gy, const Tensor& x, const Optional& residual, const Optional& y, const Optional& mask,
-                  const Optional& dx, const Optional& dresidual, const Optional& weight, const Optional& bias,
-                  const Tensor& statistics, const Optional& dweight, const Optional& dbias, int64_t plan, int64_t flags) {
-  static const auto kernel =
-      find<void(const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, const Optional&,
-                const Optional&, const Optional&, const Optional&, const Tensor&, const Optional&, const Optional&, int64_t,
-                int64_t)>("normscope::backward");
-  kernel.call(gy, x, residual, y, mask, dx, dresidual, weight, bias, statistics, dweight, dbias, plan, flags);
-}
-
-void run_update(const Tensor& statistics, const Tensor& mean, const Tensor& var, double momentum, double correction,
-                bool skip_nonfinite) {
-  static const auto kernel =
-      find<void(const Tensor&, const Tensor&, const Tensor&, double, double, bool)>("normscope::update");
-  kernel.call(statistics, mean, var, momentum, correction, skip_nonfinite);
-}
-
 // Contiguous float32, as the kernels read weights, biases and moments.
-Optional numbers(const Optional& t) {
+Optional as_numbers(const Optional& t) {
   if (!t) return t;
   return t->to(at::kFloat).contiguous();
 }
@@ -69,7 +46,8 @@ Optional like(const Optional& t, const Tensor& x) { return t ? Optional(like(*t,
 
 // How one formula is computed on tensors seen one way: known by a number, so that a call hands over one integer.
 struct Recipe {
-  int64_t plan, sets, flags;
+  const Plan* plan;
+  int64_t sets, flags;
   double eps, correction;
   std::string origin;  // from which Python finds view and formula again
   bool operator<(const Recipe& other) const {
@@ -82,7 +60,13 @@ std::mutex recipes_mutex;
 std::map<Recipe, int64_t> recipe_numbers;
 std::deque<const Recipe*> recipes;
 
-int64_t recipe_number(int64_t plan, int64_t sets, int64_t flags, double eps, double correction, c10::string_view origin) {
+const Kernels& kernels() {
+  static const auto* found = reinterpret_cast<const Kernels*>(find<int64_t()>("normscope::kernels_address").call());
+  return *found;
+}
+
+int64_t recipe_number(int64_t number, int64_t sets, int64_t flags, double eps, double correction, c10::string_view origin) {
+  const auto* plan = reinterpret_cast<const Plan*>(find<int64_t(int64_t)>("normscope::plan_address").call(number));
   const std::lock_guard<std::mutex> lock(recipes_mutex);
   const auto [place, added] = recipe_numbers.try_emplace({plan, sets, flags, eps, correction, std::string(origin)},
                                                          static_cast<int64_t>(recipes.size()));
@@ -95,12 +79,50 @@ const Recipe& recipe_of(int64_t number) {
   return *recipes[static_cast<size_t>(number)];
 }
 
+// The memory of tensors of x's strides and of numbers; the kernels check nothing.
+template <class Cell = void>
+Cell* data(const Optional& t, const Tensor& x) {
+  if (!t) return nullptr;
+  TORCH_CHECK(t->is_cpu() && t->numel() == x.numel(), "a tensor does not match x");
+  return static_cast<Cell*>(t->data_ptr());
+}
+float* numbers(const Optional& t, int64_t count) {
+  if (!t) return nullptr;
+  TORCH_CHECK(t->is_cpu() && t->numel() == count, "numbers do not match the plan");
+  return static_cast<float*>(t->data_ptr());
+}
+size_t dtype_of(const Tensor& x) {
+  const at::ScalarType type = x.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "float32, bfloat16 or float16 only");
+  return type == at::kFloat ? 0 : type == at::kBFloat16 ? 1 : 2;
+}
+
+template <class Pass>
+void common(Pass& pass, const Recipe& recipe, const Tensor& x) {
+  pass.plan = *recipe.plan;
+  pass.center = recipe.flags & 1, pass.scale = recipe.flags & 2, pass.activation = recipe.flags >> 3;
+  TORCH_CHECK(x.is_cpu() && pass.plan.numel() == x.numel(), "the plan does not match x");
+}
+
 std::pair<Tensor, Tensor> normalize(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& residual,
                                     const Optional& mask, const Optional& mean, const Optional& var, const Recipe& recipe) {
   at::AutoDispatchBelowADInplaceOrView below;
-  const Tensor y = at::empty_like(x), statistics = at::empty({5, recipe.sets}, x.options().dtype(at::kFloat));
-  run_forward(x, like(residual, x), mask, y, numbers(weight), numbers(bias), numbers(mean), numbers(var), statistics, recipe.plan,
-              recipe.flags, recipe.eps);
+  Tensor y = at::empty_like(x), statistics = at::empty({5, recipe.sets}, x.options().dtype(at::kFloat));
+  const Optional w = as_numbers(weight), b = as_numbers(bias), m = as_numbers(mean), v = as_numbers(var), r = like(residual, x);
+  Forward f;
+  common(f, recipe, x);
+  const int64_t sets = recipe.sets, count = f.plan.param_count();
+  TORCH_CHECK(sets == f.plan.set_count() && m.has_value() == v.has_value(), "the recipe does not match the plan");
+  float* s = numbers(statistics, 5 * sets);
+  f.x = x.data_ptr(), f.residual = data(r, x), f.y = y.data_ptr(), f.mask = data<uint8_t>(mask, x);
+  f.weight = numbers(w, count), f.bias = numbers(b, count);
+  f.high = s, f.low = s + sets, f.var = s + 2 * sets, f.rstd = s + 3 * sets, f.count = s + 4 * sets;
+  f.given = m.has_value(), f.eps = recipe.eps;
+  if (f.given) {
+    std::copy_n(numbers(m, sets), sets, f.high);
+    std::copy_n(numbers(v, sets), sets, f.var);
+  }
+  kernels().forward[dtype_of(x)](f);
   return {y, statistics};
 }
 
@@ -159,14 +181,23 @@ class Normalize : public torch::autograd::Function<Normalize> {
                       variable_list& found) {
     at::AutoDispatchBelowADInplaceOrView below;
     const Tensor& x = saved[kX];
-    const Optional weight = numbers(given(saved[kWeight])), bias = numbers(given(saved[kBias]));
+    const Optional weight = as_numbers(given(saved[kWeight])), bias = as_numbers(given(saved[kBias]));
+    const Optional residual = like(given(saved[kResidual]), x), g = like(gy, x);
     Optional dx, dresidual, dweight, dbias;
     if (needs[0]) dx = at::empty_like(x);
     if (needs[3]) dresidual = at::empty_like(x);
     if ((needs[1] || needs[2]) && weight) dweight = at::empty_like(*weight);
     if ((needs[1] || needs[2]) && bias) dbias = at::empty_like(*bias);
-    run_backward(like(gy, x), x, like(given(saved[kResidual]), x), given(saved[kY]), given(saved[kMask]), dx, dresidual, weight,
-                 bias, saved[kStatistics], dweight, dbias, recipe.plan, recipe.flags);
+    Backward f;
+    common(f, recipe, x);
+    const int64_t sets = recipe.sets, count = f.plan.param_count();
+    const float* s = numbers(saved[kStatistics], 5 * sets);
+    f.gy = data(g, x), f.x = x.data_ptr(), f.residual = data(residual, x), f.y = data(given(saved[kY]), x);
+    f.mask = data<uint8_t>(given(saved[kMask]), x), f.dx = data(dx, x), f.dresidual = data(dresidual, x);
+    f.weight = numbers(weight, count), f.bias = numbers(bias, count);
+    f.dweight = numbers(dweight, count), f.dbias = numbers(dbias, count);
+    f.high = s, f.low = s + sets, f.rstd = s + 3 * sets, f.count = s + 4 * sets, f.fixed = recipe.flags & kFixed;
+    kernels().backward[dtype_of(x)](f);
     if (dx) found[0] = *dx;
     if (needs[1]) found[1] = dweight->view(saved[kWeight].sizes()).to(saved[kWeight].scalar_type());
     if (needs[2]) found[2] = dbias->view(saved[kBias].sizes()).to(saved[kBias].scalar_type());
@@ -200,7 +231,8 @@ std::tuple<Tensor, Tensor> normalize_and_track(const Tensor& x, const Optional& 
     std::tie(y, statistics) = normalize(x, weight, bias, residual, mask, mean, var, recipe);
   }
   if (running_mean && running_var) {
-    run_update(statistics, *running_mean, *running_var, momentum, recipe.correction, skip_nonfinite);
+    move(numbers(statistics, 5 * recipe.sets), numbers(running_mean, recipe.sets), numbers(running_var, recipe.sets),
+         recipe.sets, momentum, recipe.correction, skip_nonfinite);
     running_mean->unsafeGetTensorImpl()->bump_version();
     running_var->unsafeGetTensorImpl()->bump_version();
   }

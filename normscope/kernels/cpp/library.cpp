@@ -127,6 +127,14 @@ Plan plan_of(int64_t number) {
 
 bool fused(int64_t plan) { return plan_of(plan).fused(); }
 
+// Where autograd.cpp finds them: what it calls between two layers does not go through the dispatcher.
+int64_t plan_address(int64_t number) {
+  const std::lock_guard<std::mutex> lock(plans_mutex);
+  STD_TORCH_CHECK(number >= 0 && number < static_cast<int64_t>(plans.size()), "no such plan");
+  return reinterpret_cast<int64_t>(&plans[static_cast<size_t>(number)]);
+}
+int64_t kernels_address() { return reinterpret_cast<int64_t>(&instruction_set().table()); }
+
 void check(const Plan& p, const Tensor& x) {
   STD_TORCH_CHECK(p.task_count() * p.row_count() * p.length == x.numel() && x.numel() > 0, "the plan does not match x");
 }
@@ -175,18 +183,9 @@ void backward(Tensor gy, Tensor x, Optional residual, Optional y, Optional mask,
   instruction_set().table().backward[dtype_of(x)](f);
 }
 
-// running ← (1 − momentum)·running + momentum·batch, the variance with the correction m/(m − 1) of a centred one.
 void update(Tensor statistics, Tensor running_mean, Tensor running_var, double momentum, double correction, bool skip_nonfinite) {
   const int64_t sets = running_mean.numel();
-  const float* s = numbers(statistics, 5 * sets);
-  float *mean = numbers(running_mean, sets), *var = numbers(running_var, sets);
-  const float weight = static_cast<float>(momentum), scale = static_cast<float>(correction);
-  for (int64_t i = 0; i < sets; ++i) {
-    const float batch = s[i] + s[sets + i], spread = s[2 * sets + i] * scale;
-    if (skip_nonfinite && !std::isfinite(batch + spread)) continue;  // an exponential average never loses infinity again
-    mean[i] += weight * (batch - mean[i]);
-    var[i] += weight * (spread - var[i]);
-  }
+  move(numbers(statistics, 5 * sets), numbers(running_mean, sets), numbers(running_var, sets), sets, momentum, correction, skip_nonfinite);
 }
 
 }  // namespace
@@ -205,6 +204,8 @@ STABLE_TORCH_LIBRARY(normscope, m) {
   m.def("plan(int[] numbers) -> int");
   m.def("fused(int plan) -> bool");
   m.def("isa() -> int");
+  m.def("plan_address(int plan) -> int");
+  m.def("kernels_address() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(normscope, CPU, m) {
@@ -217,4 +218,6 @@ STABLE_TORCH_LIBRARY_IMPL(normscope, CompositeExplicitAutograd, m) {
   m.impl("plan", TORCH_BOX(&normscope::plan_number));
   m.impl("fused", TORCH_BOX(&normscope::fused));
   m.impl("isa", TORCH_BOX(&normscope::isa_level));
+  m.impl("plan_address", TORCH_BOX(&normscope::plan_address));
+  m.impl("kernels_address", TORCH_BOX(&normscope::kernels_address));
 }

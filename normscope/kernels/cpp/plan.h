@@ -9,6 +9,7 @@
 // The axes further out are rows (inside S) or tasks (outside S). Tasks share nothing but parameters.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace normscope {
@@ -105,6 +106,17 @@ struct Backward {
   bool fixed, center, scale;         // fixed: the moments do not depend on x
   int64_t activation;
 };
+
+// running ← (1 − momentum)·running + momentum·batch, the variance with the correction m/(m − 1) of a centred one.
+inline void move(const float* statistics, float* mean, float* var, int64_t sets, double momentum, double correction, bool skip_nonfinite) {
+  const float weight = static_cast<float>(momentum), scale = static_cast<float>(correction);
+  for (int64_t i = 0; i < sets; ++i) {
+    const float batch = statistics[i] + statistics[sets + i], spread = statistics[2 * sets + i] * scale;
+    if (skip_nonfinite && !std::isfinite(batch + spread)) continue;  // an exponential average never loses infinity again
+    mean[i] += weight * (batch - mean[i]);
+    var[i] += weight * (spread - var[i]);
+  }
+}
 
 // One table per instruction set; dtype 0 is float32, 1 bfloat16, 2 float16.
 struct Kernels {

@@ -175,9 +175,9 @@ void sweep_in_cache(int64_t begin, int64_t end, int64_t blocks, int64_t cells, P
 }
 
 // Runs prepare, statistics, finish and apply so that a task whose slab stays in cache is finished by one thread, and a
-// large one is shared.
+// large one is shared. Moments that are given leave nothing to prepare and to sum.
 template <class Prepare, class Statistics, class Finish, class Apply>
-void sweep(const Plan& p, int64_t tasks, int64_t blocks, int64_t cells, Prepare&& prepare, Statistics&& statistics,
+void sweep(const Plan& p, int64_t tasks, int64_t blocks, int64_t cells, bool given, Prepare&& prepare, Statistics&& statistics,
            Finish&& finish, Apply&& apply) {
   if (p.fused(tasks, cells)) {
     auto body = [&](int64_t begin, int64_t end) { sweep_in_cache(begin, end, blocks, cells, prepare, statistics, finish, apply); };
@@ -196,9 +196,12 @@ void sweep(const Plan& p, int64_t tasks, int64_t blocks, int64_t cells, Prepare&
     for (int64_t i = end - 1; i >= begin; --i) apply(i / blocks, i % blocks);
     finish_streams();
   };
-  const int64_t few = std::max<int64_t>(1, kGrain / std::max<int64_t>(cells / blocks, 1));
-  parallel_for(tasks, few, before);
-  parallel_for(tasks * blocks, grain, first);
+  // What precedes and follows the sums reads some rows or columns of a slab: a second thread pays for many slabs only.
+  const int64_t few = std::max<int64_t>(1, kGrain / std::clamp<int64_t>(cells / blocks, 1, 2 * kSegment));
+  if (!given) {
+    parallel_for(tasks, few, before);
+    parallel_for(tasks * blocks, grain, first);
+  }
   parallel_for(tasks, few, middle);
   parallel_for(tasks * blocks, grain, last);
 }
@@ -206,7 +209,11 @@ void sweep(const Plan& p, int64_t tasks, int64_t blocks, int64_t cells, Prepare&
 // Whether y, of so many bytes, is written past the caches: worth it where it would push out what is still to be read,
 // not on fresh pages, which the kernel has just put into the cache (mappings from 32 MB on).
 inline bool streams(int64_t bytes) { return bytes >= kStreamFrom && bytes < (int64_t{32} << 20); }
-inline bool on_a_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+// Whole lines only: past the caches a line that is shared with other stores is written twice (14x14 maps of float32).
+template <class T>
+bool whole_lines(const T* p, int64_t n) {
+  return reinterpret_cast<uintptr_t>(p) % 64 == 0 && n * static_cast<int64_t>(sizeof(T)) % 64 == 0;
+}
 
 // What of x, upstream gradient and residual lies at some offset.
 template <class T>
@@ -243,7 +250,7 @@ NORMSCOPE_INLINE void write_run(const Forward& f, const ForwardTensors<T>& t, in
     return z;
   };
   auto finished = [&](int64_t i, auto cells, W z) __attribute__((always_inline)) { return mask ? z & cells.mask(mask + i) : z; };
-  const bool streamed = t.streamed && on_a_line(y);
+  const bool streamed = t.streamed && whole_lines(y, n);
   if constexpr (act == Act::table) {
     alignas(64) float z[kSegment];
     steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) { put(z + i, z_and_residual(i, cells)); });
@@ -314,7 +321,7 @@ template <Act act, class T, class Z, class Dx>
 NORMSCOPE_INLINE void write_gradients(const Backward& f, const BackwardTensors<T>& t, int64_t offset, int64_t n, Z&& z_of, Dx&& dx_of) {
   T *dx = t.dx ? t.dx + offset : nullptr, *dresidual = t.dresidual ? t.dresidual + offset : nullptr;
   const uint8_t* mask = t.mask ? t.mask + offset : nullptr;
-  const bool streamed = t.streamed && dx && on_a_line(dx);
+  const bool streamed = t.streamed && dx && whole_lines(dx, n);
   read_run<act>(f, t, offset, n, z_of, [&](int64_t i, auto cells, const W& x, const W& g) __attribute__((always_inline)) {
     if (dresidual) cells.store(dresidual + i, g, false);
     if (!dx) return;
