@@ -26,6 +26,7 @@ __all__ = [
     "NormscopeError",
     "NotationError",
     "ProofError",
+    "RecomputationError",
     "ShapeError",
     "StateError",
     "SynchronizationError",
@@ -81,6 +82,10 @@ class DtypeError(NormscopeError, TypeError, NotImplementedError):
 
 class ProofError(NormscopeError, RuntimeError):
     """An edit that claims to keep a model's function changed it, and was undone."""
+
+
+class RecomputationError(NormscopeError, RuntimeError):
+    """Activation checkpointing computes a layer again whose earlier statistics are gone."""
 
 
 class SynchronizationError(NormscopeError, RuntimeError):

@@ -1,8 +1,14 @@
-"""What `test_sync.py` runs on every rank: torchrun --nproc-per-node 4 sync_worker.py FOLDER, one report per rank."""
+"""What several ranks together must give, whatever one process with the whole batch gives.
 
+torchrun --nproc-per-node 4 tests/sync_worker.py [CHECK …]   rank 0 says what held, and how long it took
+                                    … --reports FOLDER        one report per rank, for `test_sync.py`
+"""
+
+import argparse
 import contextlib
 import copy
 import json
+import os
 import sys
 import time
 import traceback
@@ -22,7 +28,7 @@ from normscope import oracle
 from normscope.nn import SyncBatchNorm, collective
 from normscope.surgery import keep_float32
 
-BATCHES = (5, 1, 0, 7)
+BATCHES = (5, 1, 0, 7, 2, 0, 3, 4)[: int(os.environ.get("WORLD_SIZE", 4))]
 C = 6
 CHECKS = []
 
@@ -49,8 +55,12 @@ def whole(*shape, seed=0, dtype=torch.float64, offset=0.0):
 
 def everyone(t):
     """The tensors of all ranks."""
+    return everyone_says(t.detach())
+
+
+def everyone_says(thing):
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, t.detach())
+    dist.all_gather_object(gathered, thing)
     return gathered
 
 
@@ -59,7 +69,8 @@ def put_together(t):
 
 
 def total(t):
-    return sum(everyone(t))
+    """In float64: how the ranks' gradients are added up is not ours."""
+    return sum(part.double() for part in everyone(t))
 
 
 def error(mine, truth):
@@ -255,10 +266,19 @@ def double_backward():
     assert error(total(dweight), truth[1].numpy()) < 1e-12
 
 
+class Net(nn.Sequential):
+    """A sequence whose normalizers get the mask."""
+
+    def forward(self, x, mask):
+        for layer in self:
+            x = layer(x, mask=mask) if isinstance(layer, nn.modules.batchnorm._BatchNorm) else layer(x)
+        return x
+
+
 def network(sync):
     torch.manual_seed(0)
     norm = SyncBatchNorm if sync else ns.nn.BatchNorm2d
-    return nn.Sequential(
+    return Net(
         nn.Conv2d(3, 8, 3), norm(8, activation="relu"), nn.Conv2d(8, 4, 1), norm(4), nn.Flatten(), nn.Linear(64, 5)
     ).double()
 
@@ -270,11 +290,12 @@ def references():
     return {name: t.detach().clone() for name, t in net.state_dict().items()}
 
 
-def train(net, part, scale, forward=None):
+def train(net, part, scale):
     optimizer = torch.optim.SGD(net.parameters(), 0.05)
     for k in range(2):
-        x, target = whole(3, 6, 6, seed=10 + k), whole(5, seed=20 + k)
-        loss = (forward or net)(part(x)).sub(part(target)).square().sum() * scale
+        x, target, mask = whole(3, 6, 6, seed=10 + k), whole(5, seed=20 + k), whole(4, 4, seed=30 + k) > -0.5
+        mask[1:3] = False  # samples without a cell
+        loss = net(part(x), part(mask)).sub(part(target)).square().sum() * scale
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -292,7 +313,7 @@ def matches(net, get=lambda t: t):
 @check
 def distributed_data_parallel():
     net = DistributedDataParallel(network(sync=True))
-    train(net, share, scale=4.0)  # DDP averages over the ranks
+    train(net, share, scale=len(BATCHES))  # DDP averages over the ranks
     matches(net)
 
 
@@ -302,11 +323,11 @@ def fully_sharded():
     from torch.distributed.fsdp import fully_shard
 
     net = network(sync=True)
-    mesh = init_device_mesh("cpu", (4,))
+    mesh = init_device_mesh("cpu", (len(BATCHES),))
     for k in (0, 1, 2, 3, 5):
         fully_shard(net[k], mesh=mesh)
     fully_shard(net, mesh=mesh)
-    train(net, share, scale=4.0)
+    train(net, share, scale=len(BATCHES))
     matches(net, lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t)
 
 
@@ -315,15 +336,15 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.net, self.reentrant = net, reentrant
 
-    def forward(self, x):
-        return self.net[4:](checkpoint(self.net[:4], x.requires_grad_(), use_reentrant=self.reentrant))
+    def forward(self, x, mask):
+        return self.net[4:](checkpoint(self.net[:4], x.requires_grad_(), mask, use_reentrant=self.reentrant), mask)
 
 
 @check
 def activation_checkpointing():
     for reentrant in (False, True):
         net = network(sync=True)
-        train(DistributedDataParallel(Checkpointed(net, reentrant)), share, scale=4.0)
+        train(DistributedDataParallel(Checkpointed(net, reentrant)), share, scale=len(BATCHES))
         matches(net)  # buffers, too: what is computed again does not enter again
 
 
@@ -469,17 +490,23 @@ def compiled_in_one_graph():
         assert all(error(other, eager.detach().numpy()) < 1e-12 for other in others)
 
 
-def main(folder):
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("checks", nargs="*", metavar="CHECK")
+    parser.add_argument("--reports", type=Path)
+    arguments = parser.parse_args()
+    names = [function.__name__ for function in CHECKS]
+    if not set(arguments.checks) <= set(names):
+        parser.error(f"the checks are {', '.join(names)}")
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     for text in (".*deprecated.*", ".*should not be instantiated.*"):  # torch's own code: fully_shard, the compiler
         warnings.filterwarnings("ignore", text)
     SyncBatchNorm.timeout = 20.0
     dist.init_process_group("gloo")
-    only = sys.argv[2:]
     outcome = {}
     for function in CHECKS:
-        if only and function.__name__ not in only:
+        if function.__name__ not in (arguments.checks or names):
             continue
         torch.manual_seed(0)
         start = time.monotonic()
@@ -488,12 +515,16 @@ def main(folder):
             outcome[function.__name__] = ""
         except BaseException:
             outcome[function.__name__] = traceback.format_exc()
-        dist.barrier()
-        if only and rank() == 0:
-            sys.stdout.write(f"{function.__name__:40} {time.monotonic() - start:.1f} s\n")
-    Path(folder, f"{rank()}.json").write_text(json.dumps(outcome))
+        failed = {k: report for k, report in enumerate(everyone_says(outcome[function.__name__])) if report}
+        if arguments.reports is None and rank() == 0:
+            verdict = "\n".join(f"fails on rank {k}\n{report}" for k, report in failed.items()) or "holds"
+            sys.stdout.write(f"{function.__name__:55} {time.monotonic() - start:4.1f} s  {verdict}\n")
+    if arguments.reports is not None:
+        (arguments.reports / f"{rank()}.json").write_text(json.dumps(outcome))
+    dist.barrier()
     dist.destroy_process_group()
+    return int(arguments.reports is None and any(outcome.values()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main())

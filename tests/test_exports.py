@@ -10,7 +10,7 @@ PUBLIC = {
     "normscope": [
         "ArgumentError", "DataError", "DegenerateScopeError", "DependencyError", "DtypeError", "FixReport",
         "Moments",
-        "NormscopeError", "NotationError", "ProofError", "Report", "ShapeError", "StateError",
+        "NormscopeError", "NotationError", "ProofError", "RecomputationError", "Report", "ShapeError", "StateError",
         "StateNotRestoredError", "Thresholds", "UnhealthyError", "__version__", "assert_healthy", "backends",
         "check", "freeze", "functional", "load", "moments", "nn", "normalize", "plan", "recalibrate", "unfreeze",
         "SynchronizationError", "desynchronize", "optim", "parametrizations", "pause_statistics",

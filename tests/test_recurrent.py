@@ -83,7 +83,7 @@ class Twin:
         return σ(o) * np.tanh(self.norm("c", c, t, keep)), c
 
     def gru(self, x, h, t, keep):
-        """Ba et al., eq. 23-25."""
+        """Ba et al., supplementary material."""
         W, U, n = self.weight("ih"), self.weight("hh"), 2 * H
         gates = self.norm("hh", h @ U[:n].T, t, keep) + self.norm("ih", x @ W[:n].T, t, keep)
         r, z = np.split(σ(gates), 2, axis=-1)
@@ -272,6 +272,27 @@ def test_bad_input(kind):
         build(kind, F, 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_and_half_precision(kind):
+    """Products in bfloat16, of 8 bits, through 6 steps."""
+    net, x = build(kind, F, H).float(), sequences().float()
+    truth = copy.deepcopy(net)(x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = copy.deepcopy(net)(x)[0]
+        outputs.float().square().sum().backward()
+    assert (outputs.float() - truth).abs().max() < 0.1
+    assert net.bfloat16()(x.bfloat16())[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_in_one_graph_and_has_second_derivatives(kind):
+    net, x = build(kind, F, H), sequences()[:3].requires_grad_()
+    torch.compiler.reset()
+    compiled = torch.compile(copy.deepcopy(net), backend="eager", fullgraph=True)
+    assert_close(compiled(x)[0], copy.deepcopy(net)(x)[0].detach().numpy())
+    assert torch.autograd.gradgradcheck(lambda x: copy.deepcopy(net)(x)[0], (x,), fast_mode=True)
+
+
 # --- RecurrentBatchNorm ---------------------------------------------------------------------------------------------
 
 
@@ -300,6 +321,17 @@ def test_steps_one_by_one_are_the_whole(momentum):
     if momentum is None:
         means = [sequences(k)[2][mask[2]].mean(0) for k in range(3)]
         assert_close(whole.running_mean[2], torch.stack(means).mean(0).numpy())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_residual_is_added_before_the_activation(training):
+    plain = ns.nn.RecurrentBatchNorm(F, T, dtype=torch.float64).train(training)
+    layer = ns.nn.RecurrentBatchNorm(F, T, activation="tanh", dtype=torch.float64).train(training)
+    x, residual = sequences(), sequences(2)
+    mask = torch.arange(T)[:, None] < torch.tensor(LENGTHS)
+    expected = torch.where(mask[:, :, None], (plain(x, mask=mask) + residual).tanh(), 0)
+    assert_close(layer(x, mask=mask, residual=residual), expected.detach().numpy())
+    assert_close(layer(x[2], 2, mask[2], residual[2]), expected[2].detach().numpy())
 
 
 def test_beyond_the_last_step_seen_its_statistics_repeat():
@@ -341,6 +373,15 @@ def test_checkpointing_and_pausing():
         net(sequences(5))
     for mine, truth in zip(net.buffers(), plain.buffers(), strict=True):
         assert torch.equal(mine, truth)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_torchs_normalizers_serve_too(kind):
+    net, x = build(kind, F, H, num_layers=2), sequences()
+    truth = net(x)[0]
+    assert ns.to_torch(net).changed
+    assert not any(isinstance(norm, ns.nn.LayerNorm) for norm in net.modules())
+    assert_close(net(x)[0], truth.detach().numpy())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,21 +23,31 @@ CHECKS = re.findall(r"^@check\ndef (\w+)", WORKER.read_text(encoding="utf-8"), r
 X = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(1)) * 2 + 1
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Every check on four ranks, in one start of the processes, which costs more than all checks together."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone", WORKER, folder]
+def torchrun(ranks, folder, *checks):
+    """What each of some ranks reports; `torchrun` is this module's other name."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", WORKER]
+    run += [*checks, "--reports", folder]
     root = os.pathsep.join([str(Path(ns.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
     done = subprocess.run(run, capture_output=True, text=True, timeout=180, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"{k}.json").read_text()) for k in range(4)]
+    return [json.loads((folder / f"{k}.json").read_text()) for k in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Every check on four ranks, in one start of the processes, which costs more than all checks together."""
+    return torchrun(4, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_four_ranks(ranks, name):
     assert [report[name] for report in ranks] == [""] * 4, next(report[name] for report in ranks if report[name])
+
+
+def test_on_another_number_of_ranks(tmp_path):
+    checks = ("one_process_float64", "one_process_float32", "distributed_data_parallel")
+    assert torchrun(3, tmp_path, *checks) == [dict.fromkeys(checks, "")] * 3
 
 
 def test_the_reports_are_read():

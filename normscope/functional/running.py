@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -59,27 +60,34 @@ def update_running(
     if 0 in view.shape or recomputing():
         return
     mean, var = moments
-    count = view.cells if mask is None else mask.expand(view.sizes).sum(view.inside, keepdim=True)
+    count = view.cells if mask is None else _kept(mask, view)
     if formula.center:
         var = _unbiased(var, count)
     finite = (mean + var).isfinite() if SKIP_NONFINITE else None
     for buffer, value, least in ((running[0], mean, 1), (running[1], var, 1 + formula.center)):
         if buffer is None:
             continue
-        if isinstance(count, int) and value.numel() == buffer.numel() and buffer.dtype == value.dtype:
+        known = finite
+        if not isinstance(count, int):
+            known = count >= least if finite is None else finite & (count >= least)
+        one_weight = not isinstance(momentum, Tensor) or momentum.dim() == 0
+        if value.numel() == buffer.numel() and buffer.dtype == value.dtype and one_weight:
             value = view.fold_param(value)
-            if finite is not None:
-                value = torch.where(view.fold_param(finite), value, buffer)
-            buffer.lerp_(value, momentum)
+            buffer.lerp_(value if known is None else torch.where(view.fold_param(known), value, buffer), momentum)
             continue
         old = view.param(buffer).to(value.dtype)
-        known = torch.ones_like(value, dtype=torch.bool) if finite is None else finite
-        if not isinstance(count, int):
-            known = known & (count >= least)
+        known = torch.ones_like(value, dtype=torch.bool) if known is None else known
         sets = eager.sum_to(known.to(value.dtype), old)
         value = eager.sum_to(torch.where(known, value, 0), old) / sets.clamp(min=1)
         value = torch.where(sets > 0, value, old)
         buffer.copy_(view.fold_param(old + momentum * (value - old)))
+
+
+def _kept(mask: Tensor, view: View) -> Tensor:
+    """The cells of every set that a mask keeps; axes along which it does not vary are not read."""
+    alike = math.prod([n for i, n in enumerate(view.sizes) if i in view.inside and mask.shape[i] == 1])
+    kept = mask.sum(view.inside, keepdim=True) * alike
+    return kept.expand([1 if i in view.inside else n for i, n in enumerate(view.sizes)])
 
 
 def _unbiased(var: Tensor, count: int | Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, fx
 
-from normscope.errors import NormscopeError, ShapeError
+from normscope.errors import NormscopeError, RecomputationError, ShapeError
 from normscope.functional.core import check_activation
 from normscope.functional.running import recomputing
+from normscope.kernels import COMPUTE_DTYPE
 
 __all__ = ["Layer", "Lazy", "Tracking", "check_input_dim", "normalizes", "path_of"]
 
@@ -49,18 +50,32 @@ class Tracking(Layer):
     """
 
     momentum: float | None
+    running_mean: Tensor | None
     num_batches_tracked: Tensor | None
 
     def batch_weight(self, counts: bool) -> float | Tensor:
         """The weight of this batch; a tensor for the cumulative mean, so that compilers follow."""
         if self.momentum is not None:
             return self.momentum
-        return 1.0 / (self.num_batches_tracked + 1) if counts and self.num_batches_tracked is not None else 0.0
+        if not counts or self.num_batches_tracked is None:
+            return 0.0
+        # As wide as what it multiplies: 1/3 in float32 is wrong by 1e-8.
+        dtype = torch.float32 if self.running_mean is None else COMPUTE_DTYPE[self.running_mean.dtype]
+        return (self.num_batches_tracked + 1).to(dtype).reciprocal()
 
     def count_batch(self, counts: bool) -> None:
         """Count a batch once it has entered: not one that raised, nor one that a checkpoint computes again."""
         if counts and self.num_batches_tracked is not None and not recomputing():
             self.num_batches_tracked.add_(1)
+
+    def refuse_recomputing(self) -> None:
+        """Refuse to be computed again by a layer whose output in training depends on what this batch has moved."""
+        if recomputing():
+            raise RecomputationError(
+                f"{type(self).__name__} cannot be computed again in backward: this batch has moved the statistics that "
+                "its output depends on",
+                cure="leave this layer out of activation checkpointing: checkpoint what lies before and behind it",
+            )
 
 
 class Lazy(Tracking):

@@ -204,7 +204,7 @@ def spread(t: Tensor, x: Tensor) -> Tensor:
 
 
 def merge(moments: Moments, dim: int) -> Moments:
-    """The moments of several sets together, without a difference of large sums (Chan et al. 1983, eq. 2.1)."""
+    """The moments of several sets together, without a difference of large sums (after Chan et al. 1983)."""
     mean, var, count = moments
     weight = count.to(mean.dtype)  # type: ignore[union-attr]
     total = weight.sum(dim, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -140,7 +141,8 @@ class SplitBatchNorm(Described):
         for index, norm in enumerate(self.domains):
             own = (domain == index).reshape(-1, *(1,) * (input.dim() - 1))
             outputs.append(norm(input, residual, own if mask is None else own & mask))
-        return torch.stack(outputs).sum(0)
+        together: Tensor = functools.reduce(torch.add, outputs)  # a sum over a new axis would lose the memory format
+        return together
 
     def extra_repr(self) -> str:
         """Sizes; the options are shown by the domains."""
@@ -170,7 +172,7 @@ class ConditionalBatchNorm(BatchEstimator):
         ShapeError: The input is not (N, C, *), or the condition does not fit it.
         DegenerateScopeError: One value per channel in training.
 
-    Source: Dumoulin et al. 2017, eq. 5 (tables); de Vries et al. 2017 (predicted γ + Δγ, β + Δβ).
+    Source: Dumoulin et al. 2017 (tables); de Vries et al. 2017 (predicted γ + Δγ, β + Δβ).
 
     Example:
         >>> import torch, normscope as ns

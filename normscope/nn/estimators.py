@@ -22,6 +22,7 @@ from normscope.nn.channels import (
     check_channels,
     check_positive,
     merge,
+    spread,
     widened,
 )
 from normscope.scope import SCOPES
@@ -190,7 +191,8 @@ class BatchRenorm(BatchEstimator):
 
     For small batches and batches whose samples depend on each other, where BatchNorm's training and evaluation drift
     apart. It needs the slow start: until the running statistics have settled, bounds that are wide let it diverge. At
-    batches of one, where every σ²_B over a vector is 0, it does not help. It reads the input once more than BatchNorm.
+    batches of one, where every σ²_B over a vector is 0, it does not help. It reads the input twice more than BatchNorm.
+    A checkpoint cannot compute the layer again, as the running statistics have moved on: it raises.
 
     Args:
         num_features: C.
@@ -261,17 +263,19 @@ class BatchRenorm(BatchEstimator):
         """The formula with γ·r for γ and β + γ·d for β."""
         if self.running_mean is None or self.running_var is None:
             return super().by_batch(batch)
+        self.refuse_recomputing()
         r, d = self._correction(batch, *self.snapshot())
         if batch.weight is not None:
             r, d = r * batch.weight, d * batch.weight
         return super().by_batch(batch._replace(weight=r, bias=d if batch.bias is None else d + batch.bias))
 
     def _correction(self, batch: Batch, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        now = moments(batch.x.detach(), BATCH, mask=batch.mask)
+        x = widened(batch.x.detach())
+        now = moments(x - spread(mean, x), BATCH, mask=batch.mask)  # μ_B − μ of two rounded means has few digits
         rmax, dmax = self.bounds()
-        root = (var.to(now.var.dtype) + self.eps).sqrt()
+        root = (var.to(x.dtype) + self.eps).sqrt()
         r = ((now.var + self.eps).sqrt() / root).clamp(1 / rmax, rmax)  # type: ignore[arg-type]
-        d = ((now.mean - mean) / root).clamp(-dmax, dmax)  # type: ignore[arg-type]
+        d = (now.mean / root).clamp(-dmax, dmax)  # type: ignore[arg-type]
         return r, d
 
 
@@ -377,26 +381,36 @@ class EvalNorm(BatchEstimator):
 
     def by_running(self, batch: Batch) -> Tensor:
         """By the corrected moments."""
-        return normalize(
-            batch.x, INSTANCE, weight=self.weight, bias=self.bias, eps=self.eps, mask=batch.mask,
-            moments=self._corrected(moments(batch.x, INSTANCE, mask=batch.mask)), activation=self.activation,
-            residual=batch.residual,
-        )  # fmt: skip
+        return self._corrected(batch.x, batch, self.weight, self.bias, self.activation).to(batch.x.dtype)
 
-    def _corrected(self, own: Moments) -> tuple[Tensor, Tensor]:
+    def _corrected(
+        self,
+        x: Tensor,
+        batch: Batch,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
         # Within [0, 1], or a variance could turn negative; the gradient passes, so that a weight finds its way back.
         a, b = (w + (w.clamp(0, 1) - w).detach() for w in (self.mean_weight, self.var_weight))
         mean, var = self.snapshot()
-        apart = own.mean - mean
-        return mean + a * apart, var + b * (own.var - var) + b * (1 - b) * apart.square()
+        x = widened(x)
+        x = x - spread(mean, x)  # from here μ = 0; a difference of two rounded means has few digits
+        own = moments(x, INSTANCE, mask=batch.mask)
+        corrected = a * own.mean, var + b * (own.var - var) + b * (1 - b) * own.mean.square()
+        return normalize(
+            x, INSTANCE, weight=weight, bias=bias, eps=self.eps, mask=batch.mask, moments=corrected,
+            activation=activation, residual=batch.residual,
+        )  # fmt: skip
 
     def _loss(self, batch: Batch) -> Tensor:
         x = batch.x.detach()
-        corrected = normalize(
-            x, INSTANCE, eps=self.eps, mask=batch.mask, moments=self._corrected(moments(x, INSTANCE, mask=batch.mask))
-        )
+        corrected = self._corrected(x, batch._replace(residual=None))
         by_batch = normalize(x, BATCH, eps=self.eps, mask=batch.mask)
-        return widened(corrected - by_batch).square().sum() / max(x.numel(), 1)
+        total = widened(corrected - by_batch).square().sum()
+        if batch.mask is None:
+            return total / max(x.numel(), 1)
+        return total / batch.mask.expand_as(x).sum().clamp(min=1)
 
 
 class SwitchNorm(BatchEstimator):
@@ -423,7 +437,7 @@ class SwitchNorm(BatchEstimator):
         ShapeError: The input is not (N, C, *).
         DegenerateScopeError: One value per channel in training.
 
-    Source: Luo et al. 2019, eq. 3–5. The moments are biased, as in the paper; its code has the unbiased ones, NaN for
+    Source: Luo et al. 2019. The moments are biased, as in the paper; its code has the unbiased ones, NaN for
     maps of one cell.
 
     Example:
@@ -458,25 +472,34 @@ class SwitchNorm(BatchEstimator):
 
     def by_batch(self, batch: Batch) -> Tensor:
         """With the batch's own moments for BN."""
-        own = moments(batch.x, INSTANCE, mask=batch.mask)
+        shift = moments(batch.x.detach(), BATCH, mask=batch.mask).mean
+        shift = torch.where(shift.isfinite(), shift, 0)  # a channel that is not stays the only one
+        x, own = self._shifted(batch, shift)
         mean, var, _ = merge(own, 0)
-        self.track(batch, mean.detach(), var.detach())
-        return self._switched(batch, own, mean, var)
+        self.track(batch, mean.detach() + shift, var.detach())
+        return self._switched(batch, x, shift, own, mean, var)
 
     def by_running(self, batch: Batch) -> Tensor:
         """With the running statistics for BN."""
-        own = moments(batch.x, INSTANCE, mask=batch.mask)
-        mean, var = (t.to(own.mean.dtype) for t in (self.running_mean, self.running_var) if t is not None)
-        return self._switched(batch, own, mean, var)
+        shift, var = self.snapshot()
+        x, own = self._shifted(batch, shift)
+        return self._switched(batch, x, shift.to(x.dtype), own, torch.zeros_like(own.mean[:1]), var.to(x.dtype))
 
-    def _switched(self, batch: Batch, own: Moments, mean: Tensor, var: Tensor) -> Tensor:
-        layer = merge(own, 1)
-        w, w_ = (t.to(mean.dtype).softmax(0) for t in (self.mean_weight, self.var_weight))
+    def _shifted(self, batch: Batch, shift: Tensor) -> tuple[Tensor, Moments]:
+        """x less a number per channel near its mean, for a mixture of means has few digits far from 0; its moments."""
+        x = widened(batch.x)
+        x = x - spread(shift, x)
+        return x, moments(x, INSTANCE, mask=batch.mask)
+
+    def _switched(self, batch: Batch, x: Tensor, shift: Tensor, own: Moments, mean: Tensor, var: Tensor) -> Tensor:
+        apart = shift - shift[:1]  # of the channels, whose means the layer's moments compare
+        layer = merge(own._replace(mean=own.mean + apart), 1)
+        w, w_ = (t.to(x.dtype).softmax(0) for t in (self.mean_weight, self.var_weight))
         mixed = (
-            w[0] * own.mean + w[1] * layer.mean + w[2] * mean,
+            w[0] * own.mean + w[1] * (layer.mean - apart) + w[2] * mean,
             w_[0] * own.var + w_[1] * layer.var + w_[2] * var,
         )
         return normalize(
-            batch.x, INSTANCE, weight=self.weight, bias=self.bias, eps=self.eps, mask=batch.mask, moments=mixed,
+            x, INSTANCE, weight=self.weight, bias=self.bias, eps=self.eps, mask=batch.mask, moments=mixed,
             activation=self.activation, residual=batch.residual,
-        )  # fmt: skip
+        ).to(batch.x.dtype)  # fmt: skip

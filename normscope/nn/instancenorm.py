@@ -117,7 +117,7 @@ class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
     Raises:
         ShapeError: The input is not (N, C, L) or (C, L), has other than C channels, or one value per channel.
 
-    Source: Ulyanov et al. 2016, eq. 5.
+    Source: Ulyanov et al. 2016.
 
     Example:
         >>> import torch, normscope as ns
@@ -148,7 +148,7 @@ class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
     Raises:
         ShapeError: The input is not (N, C, H, W) or (C, H, W), has other than C channels, or one value per channel.
 
-    Source: Ulyanov et al. 2016, eq. 5.
+    Source: Ulyanov et al. 2016.
 
     Example:
         >>> import torch, normscope as ns
@@ -179,7 +179,7 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     Raises:
         ShapeError: The input is not (N, C, D, H, W) or (C, D, H, W), has other channels, or one value each.
 
-    Source: Ulyanov et al. 2016, eq. 5.
+    Source: Ulyanov et al. 2016.
 
     Example:
         >>> import torch, normscope as ns

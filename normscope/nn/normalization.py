@@ -33,7 +33,7 @@ class LayerNorm(Layer, torch.nn.LayerNorm):
     Raises:
         ShapeError: The trailing sizes of the input are not normalized_shape.
 
-    Source: Ba et al. 2016, eq. 3 and 4.
+    Source: Ba et al. 2016, §3.
 
     Example:
         >>> import torch, normscope as ns
@@ -88,7 +88,7 @@ class GroupNorm(Layer, torch.nn.GroupNorm):
     Raises:
         ShapeError: The groups do not divide C, or the input has other than C channels.
 
-    Source: Wu & He 2018, eq. 7.
+    Source: Wu & He 2018, the set S_i of Group Norm.
 
     Example:
         >>> import torch, normscope as ns
@@ -150,7 +150,7 @@ class RMSNorm(Layer, torch.nn.RMSNorm):
     Raises:
         ShapeError: The trailing sizes of the input are not normalized_shape.
 
-    Source: Zhang & Sennrich 2019, eq. 4.
+    Source: Zhang & Sennrich 2019.
 
     Example:
         >>> import torch, normscope as ns

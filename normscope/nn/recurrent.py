@@ -6,8 +6,11 @@ statistic and comes out 0.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +20,9 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from normscope.errors import ArgumentError, ShapeError
-from normscope.functional.core import check_dtype, run, view_of
-from normscope.functional.running import recomputing, update_running
+from normscope.functional.core import Normalized, apply, check_dtype, view_of
+from normscope.functional.running import recomputing, track
+from normscope.kernels import COMPUTE_DTYPE
 from normscope.kernels.formula import Formula
 from normscope.nn.base import Layer, normalizes
 from normscope.nn.normalization import LayerNorm
@@ -109,13 +113,20 @@ class RecurrentBatchNorm(Layer):
         self.num_batches_tracked.zero_()
 
     @normalizes
-    def forward(self, input: Tensor, step: int | None = None, mask: Tensor | None = None) -> Tensor:  # noqa: A002
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002
+        step: int | None = None,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """Normalize all steps, or one.
 
         Args:
             input: (T, N, C), steps 0 to T − 1; with a step (N, C).
             step: The number of the step, from 0.
             mask: True = keep; (T, N), with a step (N,).
+            residual: Of input's shape, added before the activation.
         """
         check_dtype(input, "RecurrentBatchNorm")
         axes = 3 if step is None else 2
@@ -124,48 +135,52 @@ class RecurrentBatchNorm(Layer):
                 f"expected {axes}D input with {self.num_features} features, got input of shape {tuple(input.shape)}",
                 cure=f"pass (T, N, {self.num_features}), or (N, {self.num_features}) with step=",
             )
-        if step is not None:
-            mask = None if mask is None else mask[None]
-            return self._normalize(input[None], step, mask)[0]
-        return self._normalize(input, 0, mask)
+        if step is None:
+            return self._normalize(input, 0, mask, residual)
+        mask, residual = (None if t is None else t.unsqueeze(0) for t in (mask, residual))
+        return self._normalize(input.unsqueeze(0), step, mask, residual).squeeze(0)
 
-    def _normalize(self, x: Tensor, first: int, mask: Tensor | None) -> Tensor:
+    def _normalize(self, x: Tensor, first: int, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         view = view_of(x, "t [n] c", {}, "c")
         keep = view.mask(mask, (2,))
         formula = Formula(view.scope.inside, self.eps, activation=self.activation)
+        normalized = functools.partial(
+            apply, x, view, formula, weight=self.weight, bias=self.bias, residual=residual, mask=keep
+        )
         if not self.training:
             row = self._rows(torch.arange(first, first + len(x), device=x.device))
-            mean, var = self.running_mean[row][:, None], self.running_var[row][:, None]
-            return run(x, view, formula, weight=self.weight, bias=self.bias, mean=mean, var=var, mask=keep)[0]
+            return normalized(mean=self.running_mean[row][:, None], var=self.running_var[row][:, None]).y
         if mask is None and x.shape[1] == 1:
             raise ShapeError(
                 f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}",
                 cure="use a larger batch, eval mode, or LayerNormLSTM",
             )
-        y, mean, var = run(x, view, formula, weight=self.weight, bias=self.bias, mask=keep)
-        self._track(x, mean, var, first, keep)
-        return y
+        done = normalized()
+        self._track(x, done, first, keep)
+        return done.y
 
     def _rows(self, steps: Tensor) -> Tensor:
         """The rows of the buffers that stand for these steps: their own up to the last one seen, and then that."""
         seen = (self.num_batches_tracked > 0).sum() - 1
         return torch.minimum(steps, seen.clamp(min=0))
 
-    def _track(self, x: Tensor, mean: Tensor, var: Tensor, first: int, keep: Tensor | None) -> None:
+    def _track(self, x: Tensor, done: Normalized, first: int, keep: Tensor | None) -> None:
         own = slice(first, min(first + len(x), self.max_length))
         length = own.stop - own.start
         if length < 1 or x.shape[1] == 0 or recomputing():
             return
-        view = view_of(x[:length], "t [n] c", {}, "t c")
-        keep = x.new_ones(1, 1, 1, dtype=torch.bool) if keep is None else keep[:length]
+        if length < len(x):
+            mean, var = done.moments
+            done = done._replace(recipe=None, statistics=(mean[:length], var[:length]))
+        done = done._replace(view=view_of(x[:length], "t [n] c", {}, "t c"))
+        keep = None if keep is None else keep[:length]
         count = self.num_batches_tracked[own]
         momentum: float | Tensor | None = self.momentum
         if momentum is None:
-            momentum = (count + 1)[:, None, None].to(mean.dtype).reciprocal()
-        formula = Formula(view.scope.inside, self.eps)
+            momentum = (count + 1)[:, None, None].to(COMPUTE_DTYPE[x.dtype]).reciprocal()
         running = (self.running_mean[own], self.running_var[own])
-        update_running(running, (mean[:length], var[:length]), view, keep, momentum, formula)
-        count.add_(keep.expand(view.sizes).any(dim=2).any(dim=1))
+        track(running, done, keep, momentum, Formula(done.view.inside, self.eps))
+        count.add_(1 if keep is None else keep.any(dim=2).any(dim=1))
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -261,15 +276,21 @@ class _Recurrent(Module):
         raise NotImplementedError
 
     def _cell(self, suffix: str, x: Tensor, state: State, mask: Tensor | None) -> tuple[list[Tensor], State]:
-        """Run one direction of one layer over (T, N, F); returns the outputs and the last state."""
+        """Run one direction of one layer over (T, N, F); returns the outputs and the last state.
+
+        What the padding's outputs are does not matter.
+        """
         raise NotImplementedError
 
-    def _norm(self, name: str, suffix: str, x: Tensor, step: int | None, mask: Tensor | None) -> Tensor:
-        """Apply one normalizer, to all steps or one."""
+    def _norm(self, name: str, suffix: str) -> Callable[..., Tensor]:
+        """One normalizer, as a function of the term, what is added to it, the step or None for all, and the mask."""
         norm = self.get_submodule(f"norm_{name}_{suffix}")
         if isinstance(norm, RecurrentBatchNorm):
-            return norm(x, step, mask)  # type: ignore[no-any-return]
-        return norm(x)  # type: ignore[no-any-return]
+            return lambda x, added, step, mask: norm(x, step, mask, added)
+        if isinstance(norm, Layer):
+            return lambda x, added=None, *_: norm(x, added)
+        # One of torch's, after `ns.to_torch`.
+        return lambda x, added=None, *_: norm(x) if added is None else norm(x) + added
 
     def reset_parameters(self) -> None:
         """Weights uniform in ±1/√hidden_size, as torch's; the normalizers as they begin."""
@@ -339,6 +360,8 @@ class _Recurrent(Module):
                     cure="give one length per sequence, at most the padded one",
                 )
             lengths = lengths.to(data.device)
+            # NaN in the padding would reach the weights' gradient, as 0 · NaN.
+            data = torch.where(_Sequences(data, lengths, None).mask[:, :, None], data, 0)  # type: ignore[index]
         return _Sequences(data, lengths, None), False
 
     def _checked(self, data: Tensor) -> Tensor:
@@ -377,6 +400,7 @@ class _Recurrent(Module):
                 state = tuple(s[layer * (1 + self.bidirectional) + k] for s in states)
                 outputs, state = self._cell(suffix, x if k == 0 else sequences.turned(x), state, mask)
                 stacked = torch.stack(outputs) if outputs else x.new_zeros(0, x.shape[1], self.hidden_size)
+                stacked = stacked if mask is None else torch.where(mask[:, :, None], stacked, 0)
                 directions.append(stacked if k == 0 else sequences.turned(stacked))
                 last.append(state)
             x = torch.cat(directions, dim=-1)
@@ -396,21 +420,26 @@ class _LSTM(_Recurrent):
 
     def _cell(self, suffix: str, x: Tensor, state: State, mask: Tensor | None) -> tuple[list[Tensor], State]:
         weight = self.get_parameter(f"weight_hh_{suffix}")
-        inputs = self._norm("ih", suffix, linear(x, self.get_parameter(f"weight_ih_{suffix}")), None, mask)
+        of_input, of_hidden, of_cell = (self._norm(name, suffix) for name in ("ih", "hh", "c"))
+        inputs = of_input(linear(x, self.get_parameter(f"weight_ih_{suffix}")), None, None, mask)
         (h, c), outputs = state, []
-        for t, term in enumerate(inputs):
-            keep = None if mask is None else mask[t]
-            i, f, g, o = (term + self._norm("hh", suffix, linear(h, weight), t, keep)).chunk(4, dim=-1)
-            new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            new_h = o.sigmoid() * self._norm("c", suffix, new_c, t, keep).tanh()
-            outputs.append(_kept(keep, new_h, None))
+        for t, (term, keep) in enumerate(_steps(inputs, mask)):
+            i, f, g, o = of_hidden(linear(h, weight), term, t, keep).chunk(4, dim=-1)
+            new_c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+            new_h = o.sigmoid() * of_cell(new_c, None, t, keep).tanh()
+            outputs.append(new_h)
             h, c = _kept(keep, new_h, h), _kept(keep, new_c, c)
         return outputs, (h, c)
 
 
-def _kept(keep: Tensor | None, new: Tensor, old: Tensor | None) -> Tensor:
-    """The new rows where a sequence goes on, else the old ones, or 0."""
-    return new if keep is None else torch.where(keep[:, None], new, 0 if old is None else old)
+def _steps(inputs: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Step by step; taken apart at once, for the gradient of inputs[t] is as large as that of all steps."""
+    return zip(inputs.unbind(), itertools.repeat(None) if mask is None else mask.unbind(), strict=False)
+
+
+def _kept(keep: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """The new rows where a sequence goes on, else the old ones."""
+    return new if keep is None else torch.where(keep[:, None], new, old)
 
 
 class BatchNormLSTM(_LSTM):
@@ -574,7 +603,7 @@ class LayerNormGRU(_LayerNormed):
     Raises:
         ShapeError: Sizes that do not fit.
 
-    Source: Ba et al. 2016, "Layer Normalization", eq. 23-25.
+    Source: Ba et al. 2016, "Layer Normalization", supplementary material (GRU).
 
     Example:
         >>> import torch, normscope as ns
@@ -589,17 +618,20 @@ class LayerNormGRU(_LayerNormed):
         return self._layer_norms(factory, ih=(2, self.bias), hh=(2, False), hn=(1, self.bias), **{"in": (1, self.bias)})
 
     def _cell(self, suffix: str, x: Tensor, state: State, mask: Tensor | None) -> tuple[list[Tensor], State]:
-        weight, gates = self.get_parameter(f"weight_hh_{suffix}"), 2 * self.hidden_size
-        inputs = linear(x, self.get_parameter(f"weight_ih_{suffix}"))
-        both = self._norm("ih", suffix, inputs[..., :gates], None, mask)
-        new = self._norm("in", suffix, inputs[..., gates:], None, mask)
+        of_gates, of_new, of_hidden_gates, of_hidden_new = (
+            self._norm(name, suffix) for name in ("ih", "in", "hh", "hn")
+        )
+        # The weights are cut, not the products: the normalizers' kernels take whole rows.
+        (w_gates, w_new), (u_gates, u_new) = (
+            torch.split(self.get_parameter(f"weight_{name}_{suffix}"), [2 * self.hidden_size, self.hidden_size])
+            for name in ("ih", "hh")
+        )
+        gates, new = of_gates(linear(x, w_gates)), of_new(linear(x, w_new))
         (h,), outputs = state, []
-        for t in range(len(x)):
-            keep = None if mask is None else mask[t]
-            hidden = linear(h, weight)
-            r, z = (both[t] + self._norm("hh", suffix, hidden[:, :gates], t, keep)).sigmoid().chunk(2, dim=-1)
-            n = (new[t] + r * self._norm("hn", suffix, hidden[:, gates:], t, keep)).tanh()
-            new_h = h + z * (n - h)
-            outputs.append(_kept(keep, new_h, None))
+        for (term, keep), new_term in zip(_steps(gates, mask), new.unbind(), strict=True):
+            r, z = of_hidden_gates(linear(h, u_gates), term).sigmoid().chunk(2, dim=-1)
+            n = torch.addcmul(new_term, r, of_hidden_new(linear(h, u_new))).tanh()
+            new_h = torch.addcmul(h, z, n - h)
+            outputs.append(new_h)
             h = _kept(keep, new_h, h)
         return outputs, (h,)

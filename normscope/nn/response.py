@@ -16,6 +16,7 @@ from normscope.functional.torch_named import check_groups
 from normscope.kernels.formula import Formula
 from normscope.nn.base import normalizes
 from normscope.nn.channels import (
+    BATCH,
     INSTANCE,
     Batch,
     BatchEstimator,
@@ -24,7 +25,6 @@ from normscope.nn.channels import (
     activated,
     check_channels,
     check_positive,
-    merge,
     spread,
     widened,
 )
@@ -139,7 +139,8 @@ class GlobalResponseNorm(ChannelLayer):
     Raises:
         ShapeError: The input has other than C channels.
 
-    Source: Woo et al. 2023 (ConvNeXt V2), eq. 1–3 and Algorithm 1.
+    Source: Woo et al. 2023 (ConvNeXt V2); the mean in the place of its eq. 2's sum is that equation's footnote, and the
+    published code's.
 
     Example:
         >>> import torch, normscope as ns
@@ -378,10 +379,10 @@ class EvoNormB0(BatchEstimator):
 
     def by_batch(self, batch: Batch) -> Tensor:
         """By the variance of the batch."""
-        own = moments(batch.x, INSTANCE, mask=batch.mask)
-        mean, var, _ = merge(own, 0)
+        # Not merged from the samples': their means are single float32 numbers, too few digits at 8000 σ.
+        mean, var, _ = moments(batch.x, BATCH, mask=batch.mask)
         self.track(batch, mean.detach(), var.detach())
-        return self._evolved(batch, own.var, var[0])
+        return self._evolved(batch, moments(batch.x, INSTANCE, mask=batch.mask).var, var)
 
     def by_running(self, batch: Batch) -> Tensor:
         """By the running variance."""

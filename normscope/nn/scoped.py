@@ -42,7 +42,7 @@ class LayerNorm2d(Described, Norm):
         ShapeError: The input is not (N, C, *).
         DegenerateScopeError: C = 1.
 
-    Source: Liu et al. 2022 (ConvNeXt), §2.6; Ba et al. 2016, eq. 3.
+    Source: Liu et al. 2022 (ConvNeXt); Ba et al. 2016, §3.
 
     Example:
         >>> import torch, normscope as ns
@@ -93,7 +93,7 @@ class PositionalNorm(LayerNorm2d):
         ShapeError: The input is not (N, C, *).
         DegenerateScopeError: C = 1.
 
-    Source: Li et al. 2019 (PONO), eq. 1, and its moment shortcut.
+    Source: Li et al. 2019 (PONO), and its moment shortcut.
 
     Example:
         >>> import torch, normscope as ns
@@ -190,7 +190,7 @@ class ScaleNorm(ChannelLayer):
     Raises:
         ShapeError: The last axis has another size.
 
-    Source: Nguyen & Salazar 2019, eq. 5.
+    Source: Nguyen & Salazar 2019 (ScaleNorm).
 
     Example:
         >>> import torch, normscope as ns

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from normscope.errors import ArgumentError, ShapeError
 from normscope.functional.normalize import Moments, moments, normalize
-from normscope.functional.running import recomputing
 from normscope.nn.base import normalizes
-from normscope.nn.channels import BATCH, INSTANCE, Batch, BatchEstimator, check_positive, merge, spread, widened
+from normscope.nn.channels import BATCH, INSTANCE, Batch, BatchEstimator, check_positive, spread, widened
 
 __all__ = ["CrossIterationBatchNorm", "OnlineNorm"]
 
@@ -40,8 +39,8 @@ class OnlineNorm(BatchEstimator):
     For training without batches (batch of one, streams, memory for one sample), where BatchNorm has no statistics;
     order matters, so that shuffled data are assumed. With batches of 32 BatchNorm is simpler and as good. The samples
     of a batch are taken one after the other; the statistics need a loop over them. Both errors are buffers that
-    backward moves: run one backward per forward, and do not checkpoint the layer: its second forward would begin where
-    the first ended.
+    backward moves: run one backward per forward. A checkpoint cannot compute the layer again, as its second forward
+    would begin where the first ended: it raises.
 
     Args:
         num_features: C.
@@ -115,10 +114,13 @@ class OnlineNorm(BatchEstimator):
 
     def by_batch(self, batch: Batch) -> Tensor:
         """Sample by sample."""
-        with torch.no_grad():
-            mean, var = self._stream(moments(batch.x, INSTANCE, mask=batch.mask))
+        self.refuse_recomputing()
+        first, var = self.snapshot()
         x = widened(batch.x)
+        x = x - spread(first, x)  # the statistics walk from 0: a rounded mean has few digits far from it
         x = x if batch.mask is None else torch.where(batch.mask, x, 0)
+        with torch.no_grad():
+            mean, var = self._stream(first.to(x.dtype), var.to(x.dtype), moments(x, INSTANCE, mask=batch.mask))
         y = _Online.apply(  # type: ignore[no-untyped-call]
             x, mean, (var + self.eps).rsqrt(), batch.mask, self.error_y, self.error_1, 1 - self.alpha_bkw
         )
@@ -131,11 +133,11 @@ class OnlineNorm(BatchEstimator):
         y = normalize(plain.x, BATCH, eps=self.eps, mask=plain.mask, moments=(mean.flatten(), var.flatten()))
         return self._controlled(batch, y)
 
-    def _stream(self, own: Moments) -> tuple[Tensor, Tensor]:
-        """The statistics before every sample, (N, C); moves the buffers past the last."""
+    def _stream(self, first: Tensor, var: Tensor, own: Moments) -> tuple[Tensor, Tensor]:
+        """The statistics before every sample, (N, C), means less the first; moves the buffers past the last."""
         assert self.running_mean is not None  # noqa: S101 - the layer always tracks
         assert self.running_var is not None  # noqa: S101
-        mean, var = (t.clone().to(own.mean.dtype) for t in (self.running_mean, self.running_var))
+        mean = torch.zeros_like(first)
         means, variances, a = [mean[None][:0]], [var[None][:0]], self.alpha_fwd
         for mean_t, var_t, count in zip(own.mean, own.var, own.count, strict=True):  # type: ignore[arg-type]
             means.append(mean[None])
@@ -143,8 +145,8 @@ class OnlineNorm(BatchEstimator):
             moved = a * var + (1 - a) * var_t + a * (1 - a) * (mean_t - mean).square()
             var = torch.where(count.bool() & moved.isfinite(), moved, var)
             mean = torch.where(count.bool() & mean_t.isfinite(), mean + (1 - a) * (mean_t - mean), mean)
-        if len(means) > 1 and not recomputing():
-            self.running_mean.copy_(mean)
+        if len(means) > 1:
+            self.running_mean.copy_(first + mean)
             self.running_var.copy_(var)
             self.count_batch(True)
         return torch.cat(means), torch.cat(variances)
@@ -220,8 +222,9 @@ class CrossIterationBatchNorm(BatchEstimator):
     space. What is approximate: only the weight directly before the layer is followed, not those further back (the
     paper finds their part small); the expansion is of first order, so that it holds for small steps: begin it after
     the first epochs (`burn_in`). It keeps three copies of that weight per remembered batch, and asks autograd for two
-    gradients of it per forward (which torch.compile follows with `torch._dynamo.config.trace_autograd_ops`). Without
-    gradients, as when statistics are measured again, it is BatchNorm.
+    gradients of it per forward: there torch.compile breaks the graph, and needs
+    `torch._dynamo.config.trace_autograd_ops = True` for fullgraph=True. A checkpoint cannot compute the layer again, as
+    the window has moved on: it raises. Without gradients, as when statistics are measured again, it is BatchNorm.
 
     Args:
         num_features: C.
@@ -317,39 +320,41 @@ class CrossIterationBatchNorm(BatchEstimator):
         return self.estimate(batch)
 
     def _by_window(self, batch: Batch, weight: Tensor) -> Tensor:
-        now = merge(moments(batch.x, INSTANCE, mask=batch.mask), 0)
-        mean, var = now.mean[0], now.var[0]
+        self.refuse_recomputing()
+        # Less a number per channel near the means, whose average has few digits far from 0.
+        shift = moments(batch.x.detach(), BATCH, mask=batch.mask).mean
+        x = widened(batch.x)
+        x = x - spread(shift, x)
+        mean, var, _ = moments(x, BATCH, mask=batch.mask)
         rows = widened(weight.detach()).flatten(1)
         # Concatenated, because that torch.compile saves: see `snapshot`.
-        past_mean, past_var, known = self._carried(rows, mean)
+        past_mean, past_var, known = self._carried(rows, shift)
         means, variances = torch.cat([mean[None], past_mean]), torch.cat([var[None], past_var])
         share = torch.cat([mean.new_ones(1, 1), known])
         share = share / share.sum()
         mean_all = (share * means).sum(0)
         var_all = (share * (variances + (means - mean_all).square())).sum(0)
         output = normalize(
-            batch.x, BATCH, weight=batch.weight, bias=batch.bias, eps=self.eps, mask=batch.mask,
+            x, BATCH, weight=batch.weight, bias=batch.bias, eps=self.eps, mask=batch.mask,
             moments=(mean_all, var_all), activation=self.activation, residual=batch.residual,
-        )  # fmt: skip
+        ).to(batch.x.dtype)  # fmt: skip
         slopes = [torch.autograd.grad(t.sum(), weight, retain_graph=True)[0].flatten(1) for t in (mean, var)]
-        self._remember(mean.detach(), var.detach(), *slopes, rows)
-        self.track(batch, mean_all.detach(), var_all.detach())
+        self._remember(mean.detach() + shift, var.detach(), *slopes, rows)
+        self.track(batch, mean_all.detach() + shift, var_all.detach())
         return output
 
-    def _carried(self, rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The moments of the remembered batches at the present weights, and which count."""
+    def _carried(self, rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The moments of the remembered batches at the present weights, means less the shift, and which count."""
         past = (self.past_mean, self.past_var, self.past_dmean, self.past_dvar, self.past_weight)
-        mean, var, dmean, dvar, weight = (t.to(like.dtype) for t in past)
+        mean, var, dmean, dvar, weight = (t.to(shift.dtype) for t in past)
         step = rows - weight
         moved = (dmean * step).sum(-1)
         # ν + ∂ν·step − (μ + ∂μ·step)², with ν = σ² + μ²
         var = (var + (dvar * step).sum(-1) - moved.square()).clamp(min=0)
-        known = torch.arange(self.window - 1, device=like.device) < self.remembered
-        return mean + moved, var, known.unsqueeze(1).to(like.dtype)
+        known = torch.arange(self.window - 1, device=shift.device) < self.remembered
+        return mean - shift + moved, var, known.unsqueeze(1).to(shift.dtype)
 
     def _remember(self, *newest: Tensor) -> None:
-        if recomputing():
-            return
         past = (self.past_mean, self.past_var, self.past_dmean, self.past_dvar, self.past_weight)
         for buffer, value in zip(past, newest, strict=True):
             buffer.copy_(torch.cat([value.unsqueeze(0).to(buffer.dtype), buffer])[: self.window - 1])

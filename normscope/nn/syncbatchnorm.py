@@ -68,7 +68,7 @@ class SyncBatchNorm(Grouped, BatchNormNd, metaclass=ABCMeta):
         ShapeError: The input is not (N, C, *), has other than C channels, or, alone, one value per channel.
         SynchronizationError: Another rank is at another layer, or does not come.
 
-    Source: Peng et al. 2018, "MegDet", §3.2; Chan, Golub & LeVeque 1983, eq. 2.1.
+    Source: Peng et al. 2018, "MegDet"; Chan, Golub & LeVeque 1983 (merging).
 
     Example:
         >>> import torch, normscope as ns

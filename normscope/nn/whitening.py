@@ -104,7 +104,12 @@ class _Whitening(Described, Tracking):
         z = torch.einsum("gij,ngj...->ngi...", whitening, self._grouped(centered)).reshape(x.shape)
         z = z if self.weight is None else z * spread(self.weight, x)
         z = z if self.bias is None else z + spread(self.bias, x)
-        return activated(z if added is None else z + added, self.activation, keep, input)
+        y = activated(z if added is None else z + added, self.activation, keep, input)
+        # The product over the channels comes out in a format of its own.
+        for memory_format in (torch.channels_last, torch.channels_last_3d):
+            if input.is_contiguous(memory_format=memory_format) and not input.is_contiguous():
+                y = y.contiguous(memory_format=memory_format)
+        return y
 
     def _of_batch(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """μ, x − μ and W."""

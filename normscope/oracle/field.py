@@ -164,7 +164,7 @@ def switch(
     x: Array, running: Running, training: bool, λ_: Array, λ_v: Array, *, γ: ArrayLike, β: ArrayLike, ε: float,
     λ: float, k: Mask,
 ) -> tuple[Array, Running]:  # fmt: skip
-    """γ·(h − Σ w_k μ_k)/√(Σ w'_k σ²_k + ε) + β, k ∈ {in, ln, bn}, w = softmax(λ_). Luo et al. 2019, eq. 3–5."""
+    """γ·(h − Σ w_k μ_k)/√(Σ w'_k σ²_k + ε) + β, k ∈ {in, ln, bn}, w = softmax(λ_). Luo et al. 2019."""
     w, w_ = np.exp(λ_) / np.exp(λ_).sum(), np.exp(λ_v) / np.exp(λ_v).sum()
     IN, LN = _moments(x, _space(x), k), _moments(x, (1, *_space(x)), k)
     BN = _moments(x, _batch(x), k) if training else (_lay(running.E, x), _lay(running.Var, x))
@@ -187,13 +187,13 @@ def evonorm_b0(
 
 
 def positional(x: Array, *, γ: ArrayLike = 1.0, β: ArrayLike = 0.0, ε: float, k: Mask) -> Array:
-    """(x − μ_{b,h,w})/σ_{b,h,w}, over the channels. Li et al. 2019, eq. 1; ConvNeXt's LayerNorm with γ and β."""
+    """(x − μ_{b,h,w})/σ_{b,h,w}, over the channels. Li et al. 2019; ConvNeXt's LayerNorm with γ and β."""
     μ, σ2 = _moments(x, (1,), k)
     return _keep(_affine(γ, x) * (x - μ) / np.sqrt(σ2 + ε) + _affine(β, x), k)
 
 
 def scale_norm(x: Array, g: float, ε: float, k: Mask) -> Array:
-    """g·x/‖x‖ over the last axis, ‖x‖ guarded as √(‖x‖² + ε²). Nguyen & Salazar 2019, eq. 5."""
+    """g·x/‖x‖ over the last axis, ‖x‖ guarded as √(‖x‖² + ε²). Nguyen & Salazar 2019."""
     return np.asarray(g * _keep(x, k) / np.sqrt((_keep(x, k) ** 2).sum(-1, keepdims=True) + ε**2))
 
 
@@ -207,7 +207,7 @@ def frn(
 
 
 def grn(x: Array, γ: Array, β: Array, ε: float, k: Mask) -> Array:
-    """G(X)_i = ‖X_i‖, N = G/(mean G + ε), γ·(X·N) + β + X. Woo et al. 2023, eq. 1–3; channels first."""
+    """G(X)_i = ‖X_i‖, N = G/(mean G + ε), γ·(X·N) + β + X. Woo et al. 2023; channels first."""
     G = np.sqrt((_keep(x, k) ** 2).sum(_space(x), keepdims=True))
     N = G / (G.mean(1, keepdims=True) + ε)
     return _keep(_lay(γ, x) * (x * N) + _lay(β, x) + x, k)

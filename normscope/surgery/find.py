@@ -59,8 +59,11 @@ class Found:
     @property
     def running(self) -> bool:
         """Whether it normalizes by running statistics in evaluation."""
-        kept = all(getattr(self.module, name, None) is not None for name in ("running_mean", "running_var"))
-        return kept and (self.kind != "InstanceNorm" or bool(self.module.track_running_stats))
+        mean, *spread = (
+            getattr(self.module, name, None) is not None
+            for name in ("running_mean", "running_var", "running_whitening")
+        )
+        return mean and any(spread) and (self.kind != "InstanceNorm" or bool(self.module.track_running_stats))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

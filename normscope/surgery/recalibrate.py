@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from normscope.errors import ArgumentError, DataError
 from normscope.functional.core import view_of
-from normscope.nn import FrozenBatchNorm, Norm, RecurrentBatchNorm
+from normscope.nn import DecorrelatedBatchNorm, FrozenBatchNorm, IterNorm, Norm, RecurrentBatchNorm
 from normscope.nn.base import Layer
 from normscope.scope import SCOPES
 from normscope.surgery.find import Found, Select, find
@@ -80,7 +80,7 @@ def recalibrate(
         DataError: The loader is empty, no batch could be used, or a layer received NaN or infinity. As after any error
             of model or loader, the model is as it was.
 
-    Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", §3; Chan, Golub & LeVeque 1983, eq. 2.1.
+    Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", §3; Chan, Golub & LeVeque 1983 (merging).
 
     Example:
         >>> import torch, normscope as ns
@@ -136,6 +136,8 @@ def _unfit(found: Found, *, by_hand: bool) -> str | None:
         return "lazy and not yet initialized: run one forward first"
     if is_frozen(found.module) or isinstance(found.module, FrozenBatchNorm):
         return "frozen"
+    if isinstance(found.module, IterNorm | DecorrelatedBatchNorm):
+        return "keeps a running whitening matrix, which forwards in training move and this does not measure"
     if isinstance(found.module, RecurrentBatchNorm):
         return "keeps statistics per time step, which only its own recurrence can measure"
     return "in evaluation mode while the model trains, taken for frozen; name it in select= if not" if by_hand else None

@@ -42,7 +42,9 @@ class Record:
         residual: Whether `residual=` and `activation=` are taken.
         whole: Whether a mask may only keep whole positions.
         running: The buffers that training moves.
-        found: Whether `ns.freeze` and `ns.recalibrate` see running statistics.
+        found: Whether `ns.freeze` sees running statistics.
+        measured: Whether `ns.recalibrate` measures them; else it says why not.
+        again: Whether a checkpoint may compute it again in training.
         double: Whether second derivatives exist.
         auxiliary: (state, inputs) → a loss whose gradient joins in training, or None.
         wide: Whether there is a product before the normalizer, so that only wide dtypes can be compared.
@@ -66,6 +68,8 @@ class Record:
     whole: bool = False
     running: tuple[str, ...] = ()
     found: bool = True
+    measured: bool = True
+    again: bool = True
     double: bool = True
     auxiliary: Callable[[State, Inputs], float] | None = None
     wide: bool = False
@@ -403,7 +407,7 @@ RECORDS = (
     Record(
         "BatchRenorm", norm("BatchRenorm", C, rmax=1.2, dmax=0.3, schedule=None, **BOTH), batch_renorm,
         running=STATISTICS, scope="`[n] c [...]`", training="the batch, corrected by the running statistics",
-        inference=RUNNING, double=False,
+        inference=RUNNING, double=False, again=False,
         refused=(
             ({"rmax": 0.9}, ns.ArgumentError, "rmax must be 1 or more"),
             ({"schedule": (10, 5, 20)}, ns.ArgumentError, "with start before both"),
@@ -450,18 +454,18 @@ RECORDS = (
     ),
     Record(
         "IterNorm", norm("IterNorm", C, 2, 4, **BOTH), whitening(lambda Σ: field.iterative(Σ, 4)), whole=True,
-        running=("running_mean", "running_whitening"), found=False, scope="`[n] (g c) [...]`, whitened per g",
+        running=("running_mean", "running_whitening"), measured=False, scope="`[n] (g c) [...]`, whitened per g",
         training=BATCH, inference="running mean and matrix", refused=(WRONG_EPS, GROUPS),
     ),
     Record(
         "DecorrelatedBatchNorm", norm("DecorrelatedBatchNorm", C, 2, **BOTH), whitening(field.zca), whole=True,
-        running=("running_mean", "running_whitening"), found=False, double=False,
+        running=("running_mean", "running_whitening"), measured=False, double=False,
         scope="`[n] (g c) [...]`, whitened per g", training=BATCH, inference="running mean and matrix",
         refused=(WRONG_EPS, GROUPS),
     ),
     Record(
         "OnlineNorm", norm("OnlineNorm", C, 0.8, 0.7, eps=EPS), online, running=STATISTICS, exact=False, double=False,
-        scope="`n c [...]` of earlier samples", training="the samples before, decaying",
+        again=False, scope="`n c [...]` of earlier samples", training="the samples before, decaying",
         inference=RUNNING,
         refused=(
             ({"alpha_fwd": 1.0}, ns.ArgumentError, "alpha_fwd must lie in [0, 1)"),
@@ -474,7 +478,7 @@ RECORDS = (
         running=(
             *STATISTICS, "past_mean", "past_var", "past_dmean", "past_dvar", "past_weight", "remembered",
         ),
-        double=False, scope="`[n] c [...]` over k batches",
+        double=False, again=False, scope="`[n] c [...]` over k batches",
         training="the last k batches, carried to the present weight", inference=RUNNING,
     ),
 )  # fmt: skip

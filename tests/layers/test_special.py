@@ -197,3 +197,17 @@ def test_recalibration_of_ghosts_measures_the_population() -> None:
     layer, x = ns.nn.GhostBatchNorm(6, 2), torch.randn(8, 6, 5)
     ns.recalibrate(layer, [x])
     assert_close(layer.running_var, x.var((0, 2)), rtol=1e-5, atol=1e-6)
+
+
+# Dynamo's own questions, of autograd functions and of tensors between two graphs.
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_cross_iteration_breaks_the_compilers_graph_and_is_right() -> None:
+    torch.compiler.reset()
+    layer = ns.nn.CrossIterationBatchNorm(6, 4, window=3, dtype=torch.float64)
+    compiled, weight = copy.deepcopy(layer), data((6, 4), 1).requires_grad_()
+    call = torch.compile(lambda h: compiled(torch.einsum("nfl,cf->ncl", h, weight), weight), backend="aot_eager")
+    for seed in range(3):
+        h = data((5, 4, 3), seed)
+        assert_close(call(h), layer(torch.einsum("nfl,cf->ncl", h, weight), weight), rtol=1e-12, atol=1e-12)
+    assert_close(compiled.state_dict(), layer.state_dict(), rtol=1e-12, atol=1e-12)
