@@ -9,12 +9,13 @@ ifneq ($(wildcard ../shared/data),)
 export NORMSCOPE_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help demo test check bench sanitize format clean
+.PHONY: help demo test check bench lab sanitize format clean
 help:
 	@echo "make demo    what Batch Normalization does, on real data, as figures and a page in normscope-demo/"
 	@echo "make test    all tests"
 	@echo "make check   format, lint, types, architecture"
 	@echo "make bench   speed against eager torch and against copying, up to 15 minutes, in normscope-bench/"
+	@echo "make lab     the exact experiments and the ledger of claims, in normscope-lab/"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make clean   remove the virtual environment and caches"
@@ -43,6 +44,13 @@ bench: $(READY)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt timm
 	$(BIN)/normscope bench --output normscope-bench
 
+# Two runs at a time; a stopped command goes on where it was. LAB="B01 B06" PROFILE=cpu for others.
+LAB ?= exact
+PROFILE ?= cpu
+lab: $(READY)
+	$(BIN)/normscope lab run $(LAB) --profile $(PROFILE) --jobs 2
+	$(BIN)/normscope lab report
+
 # A copy of the package with its kernels built under the address and undefined-behaviour sanitizers, and the kernel tests.
 SANITIZE  := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED := build/sanitized
@@ -59,4 +67,4 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info normscope/kernels/cpp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis normscope-demo normscope-bench
+	rm -rf $(VENV) build dist *.egg-info normscope/kernels/cpp/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis normscope-demo normscope-bench normscope-lab

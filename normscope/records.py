@@ -699,3 +699,206 @@ class Benchmark:
 
 
 __all__ += ["Benchmark", "ModelMemory", "ModelSpeed", "NormSpeed", "Target", "Timing"]
+
+
+# --- the lab ------------------------------------------------------------------------------------------------------
+
+# EXACT: an identity, checked to the precision of the arithmetic. CONDITIONAL: true in one named regime and false in
+# another. UNDECIDED: measured, and the interval spans the threshold. RECORD: not measurable here, cited instead.
+LabVerdict = Literal["EXACT", "CONFIRMED", "REFUTED", "CONDITIONAL", "UNDECIDED", "RECORD", "open"]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Numbers of one arm in a plot.
+
+    Attributes:
+        kind: "dashes" is a line of theory, "band" lies between `low` and `high`, "bars" stand at x.
+        name: The legend; "" for none.
+        low: Lower ends, of a band or of intervals around y; () for none.
+        high: Upper ends.
+        colour: Which of the palette; series that belong together share one.
+    """
+
+    kind: Literal["line", "points", "dashes", "band", "bars"]
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    colour: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One pair of axes.
+
+    Attributes:
+        ticks: Names for x = 0, 1, 2, …; () for numbers.
+        levels: Horizontal lines that mean something: what they are, and where.
+        y_limits: Of the axis, where plots are to be compared.
+    """
+
+    title: str
+    x: str
+    y: str
+    series: tuple[Series, ...]
+    x_log: bool = False
+    y_log: bool = False
+    ticks: tuple[str, ...] = ()
+    levels: tuple[tuple[str, float], ...] = ()
+    y_limits: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure: plots side by side, and what they show in words."""
+
+    caption: str
+    plots: tuple[Plot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What was fixed before the first run, and its fingerprint.
+
+    Attributes:
+        statement: The claim in one sentence.
+        source: Who made it, where.
+        claims: The ids of the claims that the experiment is about.
+        thresholds: Every number that a verdict depends on, by name.
+        cuts: What a smaller profile leaves out, in this order.
+    """
+
+    name: str
+    title: str
+    statement: str
+    source: str
+    claims: tuple[str, ...]
+    confirms: str
+    refutes: str
+    thresholds: tuple[tuple[str, float], ...]
+    design: str
+    cuts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What one experiment says about some claims.
+
+    Attributes:
+        claims: Their ids.
+        question: What was asked, in few words.
+        effect: The measured size with its interval; None where there is none.
+        outcome: What was measured, in a sentence with numbers.
+        validity: On which data, model and budget.
+        seeds: How many runs are behind it; 0 for an identity.
+        tests: How many tests were made for it.
+    """
+
+    claims: tuple[str, ...]
+    question: str
+    verdict: LabVerdict
+    effect: Interval | None
+    outcome: str
+    validity: str
+    seeds: int = 0
+    tests: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One experiment as it was run and judged.
+
+    Attributes:
+        runs: How many runs are behind it, `planned` how many belong to the profile.
+        seconds: Of computing, all runs together.
+        commits: Of the code that ran.
+    """
+
+    registration: Registration
+    digest: str
+    profile: str
+    seeds: tuple[int, ...]
+    runs: int
+    planned: int
+    judgements: tuple[Judgement, ...]
+    picture: Picture | None
+    seconds: float
+    machines: tuple[Machine, ...]
+    commits: tuple[str, ...]
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One line of the ledger.
+
+    Attributes:
+        experiments: The experiments that are to decide it; empty for a claim on record.
+        undone: Those of them that have not been run.
+        judgements: What the others said, with the name of the experiment.
+        record: What is known about a claim on record.
+    """
+
+    id: str
+    text: str
+    source: str
+    verdict: LabVerdict
+    experiments: tuple[str, ...]
+    undone: tuple[str, ...]
+    judgements: tuple[tuple[str, Judgement], ...]
+    record: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """Two claims that cannot both hold, and what decided between them, or why that is open."""
+
+    code: str
+    text: str
+    experiments: tuple[str, ...]
+    verdict: Literal["decided", "in part", "open"]
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """All claims with their verdicts.
+
+    Attributes:
+        sources: What the keys of the claims' sources stand for.
+    """
+
+    claims: tuple[Claim, ...]
+    experiments: tuple[Experiment, ...]
+    contradictions: tuple[Contradiction, ...]
+    sources: tuple[tuple[str, str], ...]
+
+    @property
+    def tests(self) -> int:
+        """How many tests were made in all."""
+        return sum(j.tests for e in self.experiments for j in e.judgements)
+
+    @property
+    def partial(self) -> int:
+        """How many claims have a verdict while some of their experiments are open."""
+        return sum(bool(claim.judgements and claim.undone) for claim in self.claims)
+
+    def count(self, verdict: LabVerdict) -> int:
+        """How many claims have a verdict."""
+        return sum(claim.verdict == verdict for claim in self.claims)
+
+
+__all__ += [
+    "Claim",
+    "Contradiction",
+    "Experiment",
+    "Judgement",
+    "LabVerdict",
+    "Ledger",
+    "Picture",
+    "Plot",
+    "Registration",
+    "Series",
+]

@@ -45,10 +45,10 @@ THIRD_PARTY = {
     "states": {"torch", "numpy"},
     "statistics": {"numpy", "scipy"},
     "doctor": {"torch", "numpy"},
-    "data": {"numpy"},
+    "data": {"numpy", "PIL"},
     "report": {"rich", "jinja2", "markupsafe", "matplotlib", "numpy"},
     "bench": {"torch", "timm"},
-    "lab": {"torch", "numpy"},
+    "lab": {"torch", "numpy", "ray"},
     "cli": {"click", "rich", "torch"},
     "__main__": set(),
 }

@@ -7,7 +7,6 @@ import pytest
 from scipy import stats
 
 from normscope.statistics import (
-    _corrected,
     benjamini_hochberg,
     bootstrap_difference,
     empirical_p,
@@ -15,6 +14,7 @@ from normscope.statistics import (
     median_interval,
     permutation_test,
 )
+from normscope.statistics.paired import _corrected
 
 RNG = np.random.default_rng(0)
 A, B = RNG.gamma(1.0, size=40), RNG.gamma(1.0, size=40)
@@ -66,7 +66,7 @@ def test_bootstrap_is_deterministic_paired_and_chunked(monkeypatch):
     whole = bootstrap_difference(A, B, seed=5)
     assert whole == bootstrap_difference(A, B, seed=5) != bootstrap_difference(A, B, seed=6)
     assert bootstrap_difference(A + 100 * B, 100 * B + A - 1).value == pytest.approx(1)
-    monkeypatch.setattr("normscope.statistics.CHUNK", 997)
+    monkeypatch.setattr("normscope.statistics.paired.CHUNK", 997)
     pieces = bootstrap_difference(A, B, resamples=1000, seed=5)
     assert pieces.low < pieces.value < pieces.high
     assert bootstrap_difference([2.0, 3.0], [1.0, 2.0]) == (1.0, 1.0, 1.0)

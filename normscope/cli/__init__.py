@@ -6,7 +6,8 @@ progress and errors to stderr.
 
 import normscope.cli.bench
 import normscope.cli.demo
-import normscope.cli.doctor  # noqa: F401 - they register their commands
+import normscope.cli.doctor
+import normscope.cli.lab  # noqa: F401 - they register their commands
 from normscope.cli.group import main
 
 __all__ = ["main"]

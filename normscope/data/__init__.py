@@ -7,17 +7,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from normscope.data.cifar import load_cifar10 as load_cifar10
 from normscope.data.dataset import DataSet as DataSet
 from normscope.data.digits import load_digits as load_digits
 from normscope.data.mnist import find_mnist as find_mnist
+from normscope.data.mnist import load_fashion_mnist as load_fashion_mnist
 from normscope.data.mnist import load_mnist as load_mnist
+from normscope.data.pictures import PICTURES as PICTURES
+from normscope.data.pictures import Picture as Picture
+from normscope.data.pictures import load_pictures as load_pictures
+from normscope.data.pictures import load_text as load_text
 from normscope.errors import DataError
 
-__all__ = ["LOADERS", "DataSet", "find_mnist", "load", "load_digits", "load_mnist"]
+__all__ = [
+    "LOADERS",
+    "PICTURES",
+    "DataSet",
+    "Picture",
+    "find_mnist",
+    "load",
+    "load_cifar10",
+    "load_digits",
+    "load_fashion_mnist",
+    "load_mnist",
+    "load_pictures",
+    "load_text",
+]
 
 LOADERS: dict[str, Callable[[], DataSet]] = {
     "digits": load_digits,
     "mnist": load_mnist,
+    "fashion-mnist": load_fashion_mnist,
+    "cifar10": load_cifar10,
 }
 
 

@@ -1,6 +1,7 @@
-"""MNIST from a local folder: 60,000 training and 10,000 test images of handwritten digits, 28×28 pixels.
+"""MNIST and Fashion-MNIST from a local folder: 60,000 training and 10,000 test images each, 28×28 pixels, ten classes.
 
-Source: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits", 1998. Nothing is downloaded.
+Sources: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits", 1998; H. Xiao, K. Rasul,
+R. Vollgraf, "Fashion-MNIST", 2017, arXiv 1708.07747. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ import os
 from pathlib import Path
 
 from normscope.data.dataset import DataSet
+from normscope.data.folder import FOLDER_VARIABLE, folder_of
 from normscope.data.idx import read_idx
 from normscope.errors import DataError
 
-__all__ = ["FOLDER_VARIABLE", "find_mnist", "load_mnist"]
-
-FOLDER_VARIABLE = "NORMSCOPE_DATA"
+__all__ = ["FOLDER_VARIABLE", "find_mnist", "load_fashion_mnist", "load_mnist"]
 
 # Part → (file, shape, sha256 of the compressed file as first published).
 FILES: dict[str, tuple[str, tuple[int, ...], str]] = {
@@ -38,6 +38,14 @@ FILES: dict[str, tuple[str, tuple[int, ...], str]] = {
         (10000,),
         "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
     ),
+}
+
+# The same names and shapes; checksums of the files that Zalando published.
+FASHION = {
+    "train_x": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train_y": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "test_x": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "test_y": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
 }
 
 
@@ -77,4 +85,32 @@ def load_mnist() -> DataSet:
         classes=10,
         source="Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST database of handwritten digits, 1998",
         licence="not stated by the authors",
+    )
+
+
+def load_fashion_mnist() -> DataSet:
+    """Fashion-MNIST from `$NORMSCOPE_DATA/fashion-mnist`, checksums verified.
+
+    Raises:
+        DataError: the variable or a file is absent, or a file is damaged or of the wrong shape.
+    """
+    folder = folder_of("fashion-mnist")
+    if folder is None:
+        raise DataError(
+            "Fashion-MNIST was not found",
+            cure=f"put {', '.join(name for name, _, _ in FILES.values())} into <folder>/fashion-mnist "
+            f"and set {FOLDER_VARIABLE}=<folder>",
+        )
+    part = {key: read_idx(folder / name, shape=shape, sha256=FASHION[key]) for key, (name, shape, _) in FILES.items()}
+    return DataSet(
+        name="fashion-mnist",
+        title="Fashion-MNIST",
+        train_x=part["train_x"],
+        train_y=part["train_y"],
+        test_x=part["test_x"],
+        test_y=part["test_y"],
+        top=255,
+        classes=10,
+        source="H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, 2017, arXiv 1708.07747",
+        licence="MIT",
     )

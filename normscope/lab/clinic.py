@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import normscope as ns
 from normscope.data import DataSet
 from normscope.errors import ArgumentError
-from normscope.lab.figure1 import one_thread
 from normscope.lab.figure1_judge import accuracy_interval
+from normscope.lab.threads import threads
 from normscope.records import Clinic, Interval, Patient
 
 __all__ = ["Network", "Settings", "run"]
@@ -125,7 +125,7 @@ def run(data: DataSet, settings: Settings, *, on_step: Tell | None = None) -> Cl
         on_step: Called with the steps done, all steps, and the name of the present part.
     """
     clock, tell = time.perf_counter(), on_step or _silent
-    with one_thread(), torch.random.fork_rng(devices=[]):
+    with threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         ward = _ward(data, settings)
         network, average = _train(ward, settings, data.classes, tell)

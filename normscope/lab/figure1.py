@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -22,9 +21,10 @@ import normscope as ns
 from normscope.data import DataSet
 from normscope.errors import ArgumentError
 from normscope.lab.figure1_judge import accuracy_interval, judge, shown_rate, target_accuracy
+from normscope.lab.threads import threads
 from normscope.records import Bands, Curve, Figure1, Machine, TrainingRun
 
-__all__ = ["DIFFERENCES", "Network", "Settings", "one_thread", "run"]
+__all__ = ["DIFFERENCES", "Network", "Settings", "run"]
 
 PERCENTILES = (15.0, 50.0, 85.0)
 
@@ -151,7 +151,7 @@ def run(
         on_step: Called at every measurement with the steps done, all steps, and the name of the present run.
     """
     started, clock = datetime.now(timezone.utc), time.perf_counter()
-    with one_thread():
+    with threads(1):
         runs = _train_all(data, settings, on_step)
     return Figure1(
         title="Batch Normalization and the sigmoid network",
@@ -278,14 +278,3 @@ def _typical(percentiles: dict[int, Tensor]) -> tuple[Bands, tuple[float, ...]]:
     unit = ranked[(len(ranked) - 1) // 2]
     low, middle, high = (tuple(history[:, row, unit].tolist()) for row in range(3))
     return Bands(unit, PERCENTILES, tuple(percentiles), low, middle, high), tuple(drift)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run on one thread, so that numbers do not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

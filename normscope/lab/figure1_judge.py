@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from normscope.records import Agreement, Interval, Statement, TrainingRun
+from normscope.statistics import wilson
 
 __all__ = ["accuracy_interval", "judge", "lessons", "shown_rate", "target_accuracy"]
 
@@ -22,15 +23,12 @@ CLAIMS = (
     "BN ends at a higher accuracy.",
     "BN keeps the inputs of the units steadier.",
 )
-Z95 = statistics.NormalDist().inv_cdf(0.975)
 
 
 def accuracy_interval(accuracy: float, samples: int) -> Interval:
     """The accuracy with its 95 % Wilson score interval over test samples."""
-    shrink = 1 + Z95**2 / samples
-    centre = (accuracy + Z95**2 / (2 * samples)) / shrink
-    reach = Z95 / shrink * math.sqrt(accuracy * (1 - accuracy) / samples + Z95**2 / (4 * samples**2))
-    return Interval(accuracy, max(0.0, centre - reach), min(1.0, centre + reach), "fraction")
+    share = wilson(round(accuracy * samples), samples)
+    return Interval(accuracy, share.low, share.high, "fraction")
 
 
 def target_accuracy(runs: Sequence[TrainingRun]) -> float:

@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase, SubFigure
     from matplotlib.transforms import Transform
 
-__all__ = ["Panel", "draw_figure1", "figure1_panels", "require_matplotlib", "save_figure1"]
+__all__ = [
+    "GRID",
+    "INK",
+    "MUTED",
+    "Panel",
+    "draw_figure1",
+    "figure1_panels",
+    "new_figure",
+    "panel",
+    "require_matplotlib",
+    "save_figure1",
+    "svg_file",
+]
 
 INK, MUTED, GRID, WITH_BN, WITHOUT_BN = "#1b1f24", "#5b6570", "#dde1e6", "#0072b2", "#d55e00"
 
@@ -63,7 +75,7 @@ def require_matplotlib() -> None:
 def draw_figure1(record: Figure1) -> Figure:
     """The whole figure: accuracy at every learning rate on the left, percentiles of a typical unit on the right."""
     rates = record.rates
-    figure = _figure(2.55 * len(rates) + 5.2, 5.6)
+    figure = new_figure(2.55 * len(rates) + 5.2, 5.6)
     grid = figure.add_gridspec(1, 2, width_ratios=(2.55 * len(rates) + 0.6, 4.6), wspace=0.04)
     left, right = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     _heading(left, "a", f"Test accuracy on {record.data.title}")
@@ -89,14 +101,12 @@ def figure1_panels(record: Figure1) -> tuple[Panel, ...]:
     """The figure in parts that a page can reflow: one per learning rate, then the two of the percentiles."""
     panels: list[Panel] = []
     for rate in record.rates:
-        figure = _figure(3.5, 3.1)
+        figure = new_figure(3.5, 3.1)
         _draw_accuracy(figure.subplots(), record, rate, first=True)
         ends = ", ".join(f"{_percent(record.run(rate, normalized=n).final.value)} {NAMES[n]}" for n in (True, False))
-        panels.append(
-            _panel(figure, f"Test accuracy at learning rate {rate:g}: at the end {ends}.", f"a{len(panels)}-")
-        )
+        panels.append(panel(figure, f"Test accuracy at learning rate {rate:g}: at the end {ends}.", f"a{len(panels)}-"))
     for normalized in (False, True):
-        figure = _figure(3.5, 2.7)
+        figure = new_figure(3.5, 2.7)
         axes = figure.subplots()
         _draw_bands(axes, record, normalized=normalized, last=True)
         bands = record.run(record.shown_rate, normalized=normalized).bands
@@ -104,7 +114,7 @@ def figure1_panels(record: Figure1) -> tuple[Panel, ...]:
             f"15th, 50th and 85th percentile of the input of unit {bands.unit} of the last hidden layer, "
             f"{NAMES[normalized]}, learning rate {record.shown_rate:g}."
         )
-        panels.append(_panel(figure, caption, f"b{len(panels)}-"))
+        panels.append(panel(figure, caption, f"b{len(panels)}-"))
     return tuple(panels)
 
 
@@ -197,7 +207,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
@@ -208,7 +219,8 @@ def _heading(part: FigureBase, letter: str, text: str) -> None:
     part.suptitle(f"{letter}   {text}", x=0.01, ha="left", color=INK, fontsize=11)
 
 
-def _panel(figure: Figure, caption: str, prefix: str) -> Panel:
+def panel(figure: Figure, caption: str, prefix: str) -> Panel:
+    """The figure for a page; `prefix` keeps its identifiers apart from those of other figures there."""
     svg = _svg(figure, text_as_paths=False)
     for fixed, variable in CSS_COLOURS.items():
         svg = svg.replace(fixed, variable)
@@ -217,6 +229,11 @@ def _panel(figure: Figure, caption: str, prefix: str) -> Panel:
         svg = svg.replace(reference, reference + prefix)
     start = svg.index("<svg ")  # what stands before it is legal in a file only
     return Panel(caption, svg[start:])
+
+
+def svg_file(figure: Figure) -> str:
+    """The figure as an SVG file."""
+    return _svg(figure, text_as_paths=True)
 
 
 def _svg(figure: Figure, *, text_as_paths: bool) -> str:

@@ -1,0 +1,1 @@
+"""One experiment per file; `EXPERIMENT` is what the registry loads."""

@@ -1,0 +1,50 @@
+"""Figures as records: what to draw, not how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from normscope.records import Interval, Series
+
+__all__ = ["band", "bars", "dashes", "line", "points", "spread"]
+
+
+def _row(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)
+
+
+def line(name: str, x: Iterable[float], y: Iterable[float], colour: int = 0) -> Series:
+    """Measured values in order."""
+    return Series("line", name, _row(x), _row(y), colour=colour)
+
+
+def dashes(name: str, x: Iterable[float], y: Iterable[float], colour: int = 0) -> Series:
+    """What theory says."""
+    return Series("dashes", name, _row(x), _row(y), colour=colour)
+
+
+def points(
+    name: str, x: Iterable[float], y: Iterable[float], colour: int = 0, *, within: Sequence[Interval] = ()
+) -> Series:
+    """Single values, with their intervals where there are any."""
+    low, high = _row(i.low for i in within), _row(i.high for i in within)
+    return Series("points", name, _row(x), _row(y), low, high, colour)
+
+
+def bars(name: str, x: Iterable[float], y: Iterable[float], colour: int = 0) -> Series:
+    """Sizes to compare."""
+    return Series("bars", name, _row(x), _row(y), colour=colour)
+
+
+def band(name: str, x: Iterable[float], low: Iterable[float], high: Iterable[float], colour: int = 0) -> Series:
+    """What lies between two lines."""
+    return Series("band", name, _row(x), (), _row(low), _row(high), colour)
+
+
+def spread(name: str, x: Sequence[float], rows: Sequence[Sequence[float]], colour: int = 0) -> tuple[Series, Series]:
+    """A line through the means over seeds, and the band from the lowest to the highest seed; a row per seed."""
+    columns = list(zip(*rows, strict=True))
+    return (
+        line(name, x, [sum(c) / len(c) for c in columns], colour),
+        band("", x, [min(c) for c in columns], [max(c) for c in columns], colour),
+    )

@@ -1,0 +1,93 @@
+"""From numbers to judgements, in the words of the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from normscope.records import Interval, Judgement, LabVerdict
+from normscope.statistics import MINIMUM_SEEDS, Effect, decide, decide_equivalence
+
+__all__ = ["by_effect", "by_equivalence", "identity", "interval", "merge", "ruled", "tiny"]
+
+
+def identity(
+    claims: Sequence[str], question: str, holds: bool, outcome: str, *, effect: Interval | None = None
+) -> Judgement:
+    """An identity: exact, or refuted."""
+    return Judgement(tuple(claims), question, "EXACT" if holds else "REFUTED", effect, outcome, "any data: an identity")
+
+
+def ruled(
+    claims: Sequence[str],
+    question: str,
+    verdict: LabVerdict,
+    outcome: str,
+    validity: str,
+    *,
+    effect: Interval | None = None,
+    seeds: int = 0,
+    tests: int = 0,
+) -> Judgement:
+    """A verdict by a rule of the experiment's own."""
+    return Judgement(tuple(claims), question, verdict, effect, outcome, validity, seeds, tests)
+
+
+def by_effect(
+    claims: Sequence[str], question: str, effect: Effect, outcome: str, validity: str, *, unit: str, least: float = 0.0
+) -> Judgement:
+    """A claim that something is greater: by the decision rule of the protocol."""
+    return Judgement(
+        tuple(claims),
+        question,
+        decide(effect, least=least),
+        interval(effect, unit),
+        _with_p(outcome, effect),
+        validity,
+        effect.n,
+        1,
+    )
+
+
+def by_equivalence(
+    claims: Sequence[str], question: str, effect: Effect, outcome: str, validity: str, *, unit: str, margin: float
+) -> Judgement:
+    """A claim that nothing differs by more than a margin."""
+    return Judgement(
+        tuple(claims),
+        question,
+        decide_equivalence(effect, margin=margin),
+        interval(effect, unit),
+        _with_p(outcome, effect),
+        validity,
+        effect.n,
+        1,
+    )
+
+
+def interval(effect: Effect, unit: str = "") -> Interval:
+    """As a record."""
+    return Interval(effect.value, effect.low, effect.high, unit)
+
+
+def merge(verdicts: Sequence[LabVerdict]) -> LabVerdict:
+    """One verdict for several: what all say; CONDITIONAL where both sides were found; else what stays unsure."""
+    found = set(verdicts)
+    if not found:
+        return "open"
+    if len(found) == 1:
+        return found.pop()
+    if "CONDITIONAL" in found or ("REFUTED" in found and found & {"CONFIRMED", "EXACT"}):
+        return "CONDITIONAL"
+    if "UNDECIDED" in found:
+        return "UNDECIDED"
+    return "CONFIRMED" if found <= {"CONFIRMED", "EXACT"} else "UNDECIDED"
+
+
+def tiny(value: float) -> str:
+    """An error of rounding in words of a sentence: its power of ten."""
+    return "0" if value == 0 else f"{value:.0e}"
+
+
+def _with_p(outcome: str, effect: Effect) -> str:
+    few = f"; {effect.n} seeds are too few to decide" if effect.n < MINIMUM_SEEDS else ""
+    return f"{outcome} (sign-flip p = {effect.p:.2g}, {effect.n} seeds{few})."

@@ -1,0 +1,263 @@
+"""The training experiments on trial: each can come out either way, and a normalizer that does nothing changes nothing.
+
+What an arm measured is replaced by planted numbers, with the claim's effect in them, against it, or none at all; the
+tasks, the tuning and the judging are the real ones.
+"""
+
+import datetime as dt
+import math
+
+import pytest
+import torch
+
+from normscope.lab import registry
+from normscope.lab.experiment import Measured, Results, Task, execute
+from normscope.lab.experiments import c01_statistics_batch, e01_recurrent
+from normscope.lab.ledger import Run, judge
+from normscope.lab.samples import samples
+from normscope.records import Judgement, Picture, from_json, to_json
+
+TRAINING = [name for name in registry.runnable() if not name.startswith("A")]
+CORE = ["B01", "B03", "B06", "B07", "B08", "C01", "C05", "E01", "F01", "F02"]
+
+
+def noise(task, k):
+    """Small, and different for every run and seed."""
+    return 0.002 * torch.randn(len(task.seeds), generator=torch.Generator().manual_seed(int(task.key[:7], 16) + k))
+
+
+def row(task, value, k=0):
+    return (value + noise(task, k)).tolist()
+
+
+def curve(task, fast):
+    """Accuracy that reaches its end early or late."""
+    steps = [float(10 * k) for k in range(1, 11)]
+    ends = [min(1.0, step / (20 if fast else 80)) for step in steps]
+    return {"steps": steps, "curve": [0.97 * end for _ in task.seeds for end in ends]}
+
+
+# Name → the numbers of a task, when the claim's arm is better by `gain`: positive confirms, negative refutes.
+def b01(task, gain):
+    good = (task["norm"] == "BN") == (gain > 0)
+    return curve(task, good or not gain) | {
+        "test": row(task, 0.97 + 0.02 * (good and gain != 0)), "valid": row(task, 0.9),
+        "drift": row(task, 0.5 if good else 2.0), **{f"band {level}": [0.0] * 10 for level in ("0.15", "0.5", "0.85")},
+    }  # fmt: skip
+
+
+def b03(task, gain):
+    good = (task["norm"] == "BN") == (gain > 0)
+    works = task["rate"] <= (1.0 if good or not gain else 0.03)
+    value = 0.9 if works else 0.1
+    return curve(task, good or not gain) | {"test": row(task, value), "valid": row(task, value), "time": [1.0]}
+
+
+def b06(task, gain):
+    normed, relu = task["norm"] == "BN", task["activation"] == "relu"
+    if task["stage"] == "train":
+        return {"test": row(task, 0.9 if relu == (gain > 0) else 0.2), "valid": row(task, 0.5)}
+    vanishes = (not normed if gain > 0 else normed) and not relu
+    return {
+        "slope": row(task, -1.4 if vanishes else 0.0), "scale": row(task, 0.1 if normed == (gain > 0) else 1.0),
+        "growth": row(task, 0.1 if gain > 0 else -0.1), "profile": [0.0] * 30,
+    }  # fmt: skip
+
+
+def b07(task, gain):
+    better = "sigmoid" if gain > 0 else "relu"
+    return {"test": row(task, 0.9 + 0.05 * (task["activation"] == better and gain != 0)), "valid": row(task, 0.9)}
+
+
+def b08(task, gain):
+    better = "after" if gain > 0 else "before"
+    return {"test": row(task, 0.9 + 0.05 * (task["place"] == better and gain != 0)), "valid": row(task, 0.9)}
+
+
+def c01(task, gain):
+    norm = str(task["norm"])
+    size = int(norm[5:]) if norm.startswith("ghost") else 32
+    value = 0.6 + 0.03 * math.copysign(1, gain) * math.log2(size) * (gain != 0)
+    return {name: row(task, value) for name in ("test", "valid", "precise", "batch test", "batch train")}
+
+
+def c05(task, gain):
+    stored = 0.6 - 0.05 * (gain > 0)
+    small = 1e-4 * noise(task, 0)  # two evaluations of one network hardly differ
+    return {
+        "training": (0.6 + small).tolist(), "stored": [stored], "recalibrated": [0.6],
+        "requests": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "moments": row(task, 0.5),
+    }  # fmt: skip
+
+
+def e01(task, gain):
+    horizontal = str(task["norm"]).startswith("horizontal")
+    grows = horizontal and gain > 0
+    found = {"test": row(task, 0.9 - 0.2 * grows), "valid": row(task, 0.9)}
+    for regime in e01_recurrent.REGIMES:
+        found |= {f"slope {regime}": row(task, 0.5 if grows else -0.5), f"profile {regime}": [0.0] * 8}
+    return found
+
+
+def f01(task, gain):
+    good = (task["norm"] == "none") == (gain > 0) or gain == 0
+    values = [30.0 + k + 1.0 * good + float(noise(task, k)[0]) for k in range(4)]
+    return {
+        "psnr": values, "contrast": [0.05 if good else 0.2] * 4, "bilinear": [29.0] * 4, "valid": values[:1],
+        "curve": [25.0, 31.0] if good else [20.0, 31.0], "steps": [1.0, 2.0], "batch statistics": values,
+    }  # fmt: skip
+
+
+def f02(task, gain):
+    helped = task["norm"] == "BN" and task["task"] == "noise"
+    value = 30.0 + gain * helped
+    return {"psnr": [value + float(noise(task, k)[0]) for k in range(4)], "valid": row(task, 30.0)}
+
+
+PLANTED = {
+    "B01": b01,
+    "B03": b03,
+    "B06": b06,
+    "B07": b07,
+    "B08": b08,
+    "C01": c01,
+    "C05": c05,
+    "E01": e01,
+    "F01": f01,
+    "F02": f02,
+}
+# Which judgement carries the claim, and what no effect at all must give.
+MAIN = dict.fromkeys(PLANTED, 0)
+NOTHING = {"B06": None, "E01": None}
+
+
+def planted(name, gain, profile="cpu"):
+    experiment = registry.load(name)
+    seeds = tuple(range(experiment.seeds[profile]))
+    results = Results()
+    while undone := [task for task in experiment.tasks(profile, seeds, results) if task not in results]:
+        for task in undone:
+            results.add(Measured(task, PLANTED[name](task, gain), 0.0))
+    return experiment, results
+
+
+def test_the_ten_core_experiments_are_here():
+    assert set(CORE) <= set(TRAINING)
+    assert set(TRAINING) == set(PLANTED)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_planted_effect_is_confirmed_and_its_opposite_refuted(name):
+    verdicts = []
+    for gain in (1.0, -1.0):
+        experiment, results = planted(name, gain)
+        judgements = experiment.judge(results)
+        verdicts.append(judgements[MAIN[name]].verdict)
+        for j in judgements:
+            assert from_json(Judgement, to_json(j)) == j
+        picture = experiment.figure(results)
+        assert from_json(Picture, to_json(picture)) == picture
+    assert verdicts == ["CONFIRMED", "REFUTED"]
+    missing = set(experiment.registration.claims) - {claim for j in judgements for claim in j.claims}
+    assert not missing
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINING if name not in NOTHING])
+def test_no_effect_is_never_confirmed(name):
+    experiment, results = planted(name, 0.0, "full")
+    assert experiment.judge(results)[MAIN[name]].verdict != "CONFIRMED"
+
+
+def test_swapped_labels_swap_the_verdict():
+    experiment, results = planted("B07", 1.0)
+    other = {"sigmoid": "relu", "relu": "sigmoid"}
+    swapped = Results(
+        Measured(_with(m.task, activation=other[m.task["activation"]]), m.numbers, m.seconds) for m in results
+    )
+    assert experiment.judge(swapped)[0].verdict == "REFUTED"
+
+
+def _with(task, **changes):
+    return Task(task.experiment, tuple((dict(task.settings) | changes).items()), task.seeds)
+
+
+@pytest.mark.parametrize("name", ["B01", "B03", "B07", "C01"])
+def test_a_normalizer_that_does_nothing_changes_nothing_bit_for_bit(name):
+    experiment = registry.load(name)
+    tasks = experiment.tasks("quick", (0, 1), Results())
+    task = _with(
+        next(t for t in tasks if t["norm"] == "none" or name == "C01"), norm="none", steps=100 if name == "B01" else 12
+    )
+    runs = [execute(experiment, t).numbers for t in (task, _with(task, norm="noop"))]
+    kept = [{k: v for k, v in numbers.items() if k != "time"} for numbers in runs]
+    assert kept[0] == kept[1]
+    # And the pairing is not trivial: a normalizer that does something changes it.
+    normed = execute(experiment, _with(task, norm="BN" if name != "C01" else "LN")).numbers
+    assert normed["curve"] != runs[0]["curve"]
+
+
+@pytest.mark.parametrize("name", ["B01", "B07"])
+def test_shuffled_labels_teach_nothing(name, monkeypatch):
+    import normscope.lab.experiments.b01_mnist as b01_mnist
+    import normscope.lab.training as training
+
+    def shuffled(*arguments):
+        found = samples(*arguments)
+        order = torch.randperm(len(found.train_y), generator=torch.Generator().manual_seed(0))
+        return type(found)(
+            found.title, found.train_x, found.train_y[order], found.valid_x, found.valid_y, found.test_x, found.test_y,
+            found.classes,
+        )  # fmt: skip
+
+    for module in (b01_mnist, training):
+        monkeypatch.setattr(module, "samples", shuffled)
+    experiment = registry.load(name)
+    task = next(t for t in experiment.tasks("quick", (0,), Results()) if t["norm"] == "BN")
+    accuracy = execute(experiment, task).numbers["test"]
+    # 360 test images, 10 classes: guessing reaches 0.1 ± 0.016.
+    assert max(accuracy) < 0.25
+
+
+def quick_sample():
+    """Two experiments a day, another pair tomorrow: every one of them at least once a week."""
+    day = dt.date.today().toordinal()
+    return [TRAINING[(2 * day + k) % len(TRAINING)] for k in range(2)]
+
+
+@pytest.mark.parametrize("name", quick_sample())
+def test_a_quick_run_works_and_decides_nothing(name):
+    experiment = registry.load(name)
+    seeds = (0, 1)
+    results = experiment.run("quick", seeds)
+    record = judge(Run(name, "quick", seeds, results, (), ()))
+    assert record.runs == record.planned
+    assert {j.verdict for j in record.judgements} == {"UNDECIDED"}
+    task = min(results, key=lambda m: m.task.cost).task
+    again = execute(experiment, task).numbers
+    assert {k: v for k, v in again.items() if not k.startswith("time")} == {
+        k: tuple(v) if isinstance(v, tuple) else v for k, v in results[task].numbers.items() if not k.startswith("time")
+    }
+
+
+def test_ghost_batches_of_all_samples_are_batch_normalization():
+    data = samples("digits", "half", 200, 100)
+    settings = {"data": "digits", "net": "cnn", "steps": 5, "stage": "tune", "rate": 0.03}
+    runs = []
+    for norm in ("ghost32", "BN"):
+        task = Task("C01", tuple((settings | {"norm": norm}).items()), (0,))
+        network = c01_statistics_batch.build(task, data)
+        torch.manual_seed(0)
+        runs.append(network.train()(data.train_x[:32]))
+    torch.testing.assert_close(runs[0], runs[1])
+
+
+def test_the_recurrent_cell_against_torch():
+    torch.manual_seed(0)
+    cell = e01_recurrent.Cell(3, 10, 7, 0, "none")
+    theirs = torch.nn.RNN(3, e01_recurrent.UNITS, batch_first=True, bias=False)
+    with torch.no_grad():
+        theirs.weight_hh_l0.copy_(cell.recurrent.T)
+        theirs.weight_ih_l0.copy_(cell.input.T)
+    x = torch.randn(5, 7, 3)
+    states = torch.stack(cell.states(x, torch.zeros(5, e01_recurrent.UNITS)), 1)
+    torch.testing.assert_close(states, theirs(x)[0])
