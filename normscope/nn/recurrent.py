@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from normscope.errors import ArgumentError, ShapeError
 from normscope.functional.core import Normalized, apply, check_dtype, view_of
-from normscope.functional.running import recomputing, track
+from normscope.functional.running import recomputing, update_running
 from normscope.kernels import COMPUTE_DTYPE
 from normscope.kernels.formula import Formula
 from normscope.nn.base import Layer, normalizes
@@ -169,17 +169,15 @@ class RecurrentBatchNorm(Layer):
         length = own.stop - own.start
         if length < 1 or x.shape[1] == 0 or recomputing():
             return
-        if length < len(x):
-            mean, var = done.moments
-            done = done._replace(recipe=None, statistics=(mean[:length], var[:length]))
-        done = done._replace(view=view_of(x[:length], "t [n] c", {}, "t c"))
+        view = view_of(x[:length], "t [n] c", {}, "t c")
+        mean, var = done.moments
         keep = None if keep is None else keep[:length]
         count = self.num_batches_tracked[own]
         momentum: float | Tensor | None = self.momentum
         if momentum is None:
             momentum = (count + 1)[:, None, None].to(COMPUTE_DTYPE[x.dtype]).reciprocal()
         running = (self.running_mean[own], self.running_var[own])
-        track(running, done, keep, momentum, Formula(done.view.inside, self.eps))
+        update_running(running, (mean[:length], var[:length]), view, keep, momentum, Formula(view.inside, self.eps))
         count.add_(1 if keep is None else keep.any(dim=2).any(dim=1))
 
     def extra_repr(self) -> str:
