@@ -9,11 +9,12 @@ ifneq ($(wildcard ../shared/data),)
 export NORMSCOPE_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help demo test check bench lab sanitize format clean
+.PHONY: help demo test check rules bench lab sanitize format clean
 help:
 	@echo "make demo    what Batch Normalization does, on real data, as figures and a page in normscope-demo/"
 	@echo "make test    all tests"
 	@echo "make check   format, lint, types, architecture"
+	@echo "make rules   how often the doctor is right: all fixtures, resumable, results in build/confusion/"
 	@echo "make bench   speed against eager torch and against copying, up to 15 minutes, in normscope-bench/"
 	@echo "make lab     the exact experiments and the ledger of claims, in normscope-lab/"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
@@ -38,6 +39,12 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py
+
+# May be stopped and started again; the tables go into docs/doctor.md, the pages of the rules into docs/rules/.
+rules: $(READY)
+	$(BIN)/python scripts/confusion.py --jobs 2 --markdown docs/doctor.md
+	$(BIN)/python scripts/confusion.py --cases --markdown docs/doctor.md
+	$(BIN)/python scripts/rule_pages.py
 
 # The architectures come from timm; where it cannot be installed beside this torch, the bench says so and runs without.
 bench: $(READY)

@@ -44,7 +44,7 @@ THIRD_PARTY = {
     "surgery": {"torch", "numpy", "rich"},
     "states": {"torch", "numpy"},
     "statistics": {"numpy", "scipy"},
-    "doctor": {"torch", "numpy"},
+    "doctor": {"torch", "numpy", "tomli"},
     "data": {"numpy", "PIL"},
     "report": {"rich", "jinja2", "markupsafe", "matplotlib", "numpy"},
     "bench": {"torch", "timm"},

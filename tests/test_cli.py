@@ -305,7 +305,7 @@ def test_check_says_what_was_wrong_with_model_or_loader(theirs):
         (("@quits", "--data", "loader"), "ended the program (exit code 4)"),
         (("@healthy", "--data", "empty"), "the loader is empty"),
         (("@healthy", "--data", "loader", "--metric", "ready"), "of type list, not a function"),
-        (("@healthy", "--data", "loader", "--select", "NRM7"), "matches no rule"),
+        (("@healthy", "--data", "loader", "--select", "NRM77"), "matches no rule"),
         (("@healthy", "--data", "loader", "--device", "toaster"), "'toaster' is no device"),
         (("@healthy", "--data", "loader", "--weights", "none.pt"), "there is no file none.pt"),
         (("@healthy", "--data", "loader", "--budget", "soon"), "no number of seconds"),

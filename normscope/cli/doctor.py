@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normscope.cli.group import FINDINGS, INTERNAL_ERROR, main, progress
-from normscope.errors import ArgumentError
-from normscope.records import CheckRecord, FixRecord, to_json
+from normscope.errors import ArgumentError, NormscopeError
+from normscope.records import CheckRecord, FixRecord, from_json, to_json
 
 if TYPE_CHECKING:
     from normscope.doctor import Report
+    from normscope.doctor.configuration import Configuration
 
 __all__ = ["check", "fix", "rule", "rules"]
 
@@ -75,6 +76,10 @@ def _examination(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--select", multiple=True, metavar="CODES", help="Only these rules: NRM1, NRM203,NRM204."),
         click.option("--ignore", multiple=True, metavar="CODES", help="Not these rules."),
         click.option("--intent", multiple=True, help="What is wanted so, e.g. bn-frozen-throughout."),
+        click.option("--deployment", metavar="TARGET", help="A second loader: the data on which the model is used."),
+        click.option(
+            "--config", type=click.Path(path_type=Path), help="pyproject.toml; default: the next one upwards."
+        ),
         click.option("--budget", type=_Seconds(), default="60", show_default=True, help="Time for the measurements."),
         click.option("--device", help="Where to run: cpu, cuda:0. Default: where the model is."),
         click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True),
@@ -102,7 +107,10 @@ def _examination(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="Lowest severity that makes the exit code 1.",
 )
-def check(fail_on: str, form: str, html: Path | None, verbose: bool, **given: Any) -> None:
+@click.option("--baseline", type=click.Path(path_type=Path), help="JSON of an earlier check: only what is new fails.")
+def check(
+    fail_on: str, form: str, html: Path | None, verbose: bool, baseline: Path | None, **given: Any
+) -> None:  # fmt: skip
     r"""Find normalization trouble in MODEL: which layers, why, what it costs, what helps.
 
     MODEL and every TARGET are package.module:name or path/to/file.py:name. MODEL names a function without arguments
@@ -118,6 +126,7 @@ def check(fail_on: str, form: str, html: Path | None, verbose: bool, **given: An
     from rich.console import Console
 
     _check_folder(html, "--html")
+    known = None if baseline is None else _baseline(baseline)
     report = _examine(given)
     record = _with_command(report.record, "check", given)
     if html is not None:
@@ -128,7 +137,7 @@ def check(fail_on: str, form: str, html: Path | None, verbose: bool, **given: An
         from normscope.report import terminal
 
         terminal.print_check(record, Console(width=80), verbose=verbose)
-    if fail_on != "never" and not report.passed(fail_on):  # type: ignore[arg-type]
+    if fail_on != "never" and not report.passed(fail_on, known):  # type: ignore[arg-type]
         sys.exit(FINDINGS)
 
 
@@ -179,6 +188,13 @@ def fix(
         sys.exit(FINDINGS)
 
 
+def _baseline(path: Path) -> CheckRecord:
+    try:
+        return from_json(CheckRecord, path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, NormscopeError) as error:
+        raise click.BadParameter(f"{path} is no JSON of a check: {error}", param_hint="--baseline") from None
+
+
 def _check_folder(path: Path | None, option: str) -> None:
     """Better now than after a minute of measuring."""
     if path is not None and not path.parent.is_dir():
@@ -212,12 +228,16 @@ def _examine(given: dict[str, Any]) -> Report:
     from normscope.cli import load
 
     near = given["model"]
+    settings = _settings(given["config"])
     with progress("building the model"):
         model = load.build_model(near)
         load.weights(model, given["weights"])
         reference = None if given["reference"] is None else load.build_model(load.beside(given["reference"], near))
         loader = load.build_loader(given["data"], near)
-    functions = {name.replace("-", "_"): load.function(given[name.replace("-", "_")], near) for name in FUNCTIONS}
+        deployment = None if given["deployment"] is None else load.build_loader(given["deployment"], near)
+    functions: dict[str, Any] = {
+        name.replace("-", "_"): load.function(given[name.replace("-", "_")], near) for name in FUNCTIONS
+    }
     make = load.function(given["optimizer"], near)
     with progress(f"checking, ≤ {given['budget']:g} s") as tell, load.their_code():
         try:
@@ -227,9 +247,12 @@ def _examine(given: dict[str, Any]) -> Report:
                 **functions,
                 optimizer=None if make is None else make(model),
                 reference=reference,
-                intent=given["intent"],
-                select=_codes(given["select"]),
-                ignore=_codes(given["ignore"]),
+                intent=(*settings.intent, *given["intent"]),
+                select=_codes(given["select"]) or settings.select or None,
+                ignore=[*settings.ignore, *(_codes(given["ignore"]) or ())] or None,
+                deployment=deployment,
+                module_ignores=settings.module_ignores,
+                thresholds=settings.thresholds,
                 budget=given["budget"],
                 device=load.describe(given["device"]),
                 progress=tell,
@@ -239,6 +262,14 @@ def _examine(given: dict[str, Any]) -> Report:
             sys.exit(INTERNAL_ERROR)
 
 
+def _settings(path: Path | None) -> Configuration:
+    """The project's settings, of the file that is named or of the next one upwards."""
+    from normscope.doctor import configuration
+
+    found = configuration.nearest(Path.cwd()) if path is None else path
+    return configuration.Configuration() if found is None else configuration.configure(found)
+
+
 def _codes(given: tuple[str, ...]) -> list[str] | None:
     return [code.upper() for part in given for code in re.split(r"[,\s]+", part) if code] or None
 
@@ -246,7 +277,8 @@ def _codes(given: tuple[str, ...]) -> list[str] | None:
 def _with_command(record: CheckRecord, name: str, given: dict[str, Any]) -> CheckRecord:
     """The record with the command that repeats it, and the names of the user's functions."""
     words = ["normscope", name, given["model"], "--data", given["data"]]
-    named = ["weights", *(option.replace("-", "_") for option in FUNCTIONS), "optimizer", "reference", "device"]
+    functions = [option.replace("-", "_") for option in FUNCTIONS]
+    named = ["weights", *functions, "optimizer", "reference", "deployment", "config", "device"]
     for option in named:
         if given[option] is not None:
             words += [f"--{option.replace('_', '-')}", str(given[option])]
@@ -300,7 +332,14 @@ def rules(form: str) -> None:
 
     if form == "json":
         listed = [
-            {"code": r.code, "name": r.name, "causes": r.causes, "intents": r.intents, "page": dict(sections(r.page))}
+            {
+                "code": r.code,
+                "name": r.name,
+                "causes": r.causes,
+                "intents": r.intents,
+                "uses": r.uses,
+                "page": dict(sections(r.page)),
+            }
             for _, r in sorted(RULES.items())
         ]
         click.echo(json.dumps(listed, indent=1, ensure_ascii=False))

@@ -1,6 +1,7 @@
 """The doctor: measures a model's normalization, judges by rules, prices in the user's metric, repairs and verifies."""
 
 from normscope.doctor.checkpoint import load
+from normscope.doctor.configuration import Configuration, configure
 from normscope.doctor.examination import StateNotRestoredError, assert_healthy, check, rule_pages
 from normscope.doctor.fix import FixReport
 from normscope.doctor.judge import known_intents
@@ -10,6 +11,7 @@ from normscope.doctor.thresholds import Thresholds
 
 __all__ = [
     "RULES",
+    "Configuration",
     "FixReport",
     "Report",
     "StateNotRestoredError",
@@ -17,6 +19,7 @@ __all__ = [
     "UnhealthyError",
     "assert_healthy",
     "check",
+    "configure",
     "known_intents",
     "load",
     "rule_pages",

@@ -47,7 +47,8 @@ def search(
     A layer's share is the mean of what it gives back alone and of what is missing when all but it are recalibrated.
     For two layers that is Shapley's value. Of two layers where either one spoils everything neither helps alone, of two
     where either one suffices neither is missed: each half alone would call them harmless, the mean gives both their
-    half.
+    half. Of three or more such layers each gets a half again, which is more than there is: where the shares found add
+    up to more than the layers together give back, they are scaled to that, so that like layers get like shares of it.
 
     Args:
         coalitions: The measurements.
@@ -66,7 +67,14 @@ def search(
         shares[name] = (coalitions.share([name]) + missing) / 2
         if coalitions.share(shares) >= enough and sum(shares.values()) >= enough:
             break
-    return shares
+    return _scaled(shares, coalitions.share(shares))
+
+
+def _scaled(shares: dict[str, float], most: float) -> dict[str, float]:
+    """Shares that add up to no more than their layers together; one that was measured alone is left as it is."""
+    total = sum(shares.values())
+    excess = len(shares) > 1 and total > max(most, 0.0) > 0
+    return {name: share * most / total for name, share in shares.items()} if excess else shares
 
 
 def together(shares: Mapping[Layers, float], layers: Collection[str]) -> float | None:

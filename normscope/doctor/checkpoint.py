@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from normscope.doctor.remedies import give, instance_norm, momentum, track
+from normscope.doctor.remedies import (
+    default_eps,
+    give,
+    instance_norm,
+    lower_momentum,
+    momentum,
+    own_statistics,
+    track,
+    widen,
+)
 from normscope.errors import ArgumentError, DataError
 from normscope.records import FixRecord
 from normscope.surgery import freeze
@@ -171,13 +180,18 @@ _REPLAY: dict[str, Callable[[Module, list[str]], object]] = {
     "freeze-norms": _freeze,
     "recal-freeze": _freeze,
     "momentum": momentum,
+    "lower-momentum": lower_momentum,
+    "own-statistics": own_statistics,
+    "float32": widen,
+    "float32-recal": widen,
+    "default-eps": default_eps,
     "track-flag": _track,
     "track-again": track,
     "give-statistics": give,
     "replace-norm": instance_norm,
 }
 # Their result lies in the state_dict.
-_STORED = ("recal", "copy-buffers")
+_STORED = ("recal", "copy-buffers", "absorb-bias")
 
 
 def _replay(model: Module, operation: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from normscope.doctor.probe import Callables, Probe
 from normscope.doctor.progress import Progress, Tell
 from normscope.doctor.report import Report, UnhealthyError
 from normscope.doctor.rules import RULES, Judgement, Rule
-from normscope.doctor.thresholds import DEFAULTS
+from normscope.doctor.thresholds import DEFAULTS, Thresholds
 from normscope.errors import ArgumentError, NormscopeError
 from normscope.records import CheckRecord, Finding, Machine, NormRow, Score, Severity
 from normscope.surgery import Snapshot, state_hash
@@ -52,9 +52,12 @@ def check(
     predict: Callable[[Module, Any], Any] | None = None,
     roundtrip: Callable[[Module], Module] | None = None,
     reference: Module | None = None,
+    deployment: Iterable[Any] | None = None,
     intent: Iterable[str] = (),
     select: Iterable[str] | str | None = None,
     ignore: Iterable[str] | str | None = None,
+    module_ignores: Mapping[str, Iterable[str]] | None = None,
+    thresholds: Thresholds = DEFAULTS,
     budget: float = 60,
     device: str | torch.device | None = None,
     progress: Tell | None = None,
@@ -78,9 +81,13 @@ def check(
         predict: `predict(model, inputs)`, the path used in production.
         roundtrip: `roundtrip(model)`, your save and load; its buffers are compared.
         reference: Another model: the one that this one averages or follows, its follower, or it before a change.
+        deployment: Another loader: the data on which the model is used, or the same samples as they are evaluated.
         intent: Declared intentions, e.g. "gan-batchstats-test": alarms about them become "intentional".
         select: Codes or their beginnings, e.g. "NRM2"; all by default.
         ignore: The same, left out.
+        module_ignores: By pattern of module paths, the codes that do not count there: {"encoder.*": ["NRM202"]}. What
+            no alarm needed is noted, of these as of `ignore` and `intent`.
+        thresholds: By which the rules judge; `configure` reads them from a pyproject.toml.
         budget: Seconds; fewer samples are taken where it is short.
         device: Where to run; by default where the model is.
         progress: `progress(done, total, what)`, called after every batch of every pass; the total grows where a search
@@ -98,21 +105,25 @@ def check(
         'pass'
     """
     start = time.monotonic()
-    user = Callables(forward, loss, metric, optimizer, train_step, evaluate, predict, roundtrip, reference)
+    user = Callables(forward, loss, metric, optimizer, train_step, evaluate, predict, roundtrip, reference, deployment)
     _check_arguments(model, user, budget)
     run, declared = judge.chosen(select, ignore), judge.check_intents(intent)
     place = None if device is None else torch.device(device)
-    with _unharmed(model, reference, loader) as (before, home):
+    judge.spare([], module_ignores or {})  # bad codes are refused before anything runs
+    with generators(deployment), _unharmed(model, reference, loader) as (before, home):
         patient = Patient(model, forward, loss, metric, _device(model, place), progress=Progress(progress))
         patient.progress.at("reading the loader")
         cache = read(loader, budget * READING)
         if place is not None:
             model.to(place)
-        probe = Probe(patient, home, user, cache, DEFAULTS, SEED, start, budget)
+        costs = any(rule.code.startswith("NRM8") for rule in run) and select is not None
+        probe = Probe(patient, home, user, cache, thresholds, SEED, start, budget, declared, costs)
         measured = probe.run()
-    judged = judge.verdicts_of(measured, run, declared, DEFAULTS)
+    judged = judge.verdicts_of(measured, run, declared, thresholds)
+    judged, unused = judge.spare(judged, module_ignores or {})
+    probe.notes += [*unused, *judge.unneeded(judged, measured, ignore, declared, thresholds)]
     record = _record(probe, measured, judged, before, declared, start)
-    ward = Ward(model, probe.splits, patient, reference, measured.best_estimator, DEFAULTS, SEED)
+    ward = Ward(model, probe.splits, patient, reference, measured.best_estimator, thresholds, SEED)
     return Report(record, measured, ward)
 
 
@@ -179,14 +190,17 @@ def _check_arguments(model: Any, user: Callables, budget: float) -> None:
         raise ArgumentError("the model lies on the meta device, without values", cure="load it with its weights first")
     for field in dataclasses.fields(user):
         value = getattr(user, field.name)
-        if field.name not in ("optimizer", "reference") and value is not None and not callable(value):
+        if field.name not in ("optimizer", "reference", "deployment") and value is not None and not callable(value):
             raise ArgumentError(
                 f"{field.name} must be callable, but it is a {type(value).__name__}", cure="pass a function"
             )
     if user.reference is not None and not isinstance(user.reference, Module):
         raise ArgumentError("reference must be a torch.nn.Module", cure="pass the other model, not its state_dict")
-    if user.train_step is None and user.optimizer is not None:
-        raise ArgumentError("an optimizer without train_step is not used", cure="pass train_step, too")
+    if user.train_step is None and not isinstance(user.optimizer, (torch.optim.Optimizer, type(None))):
+        raise ArgumentError(
+            f"without train_step the optimizer's groups are looked at, but it is a {type(user.optimizer).__name__}",
+            cure="pass a torch.optim.Optimizer, or train_step, too",
+        )
     if not budget > 0:
         raise ArgumentError(f"budget must be positive, but got {budget}", cure="seconds; 60 by default")
 

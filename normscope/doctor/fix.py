@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -124,6 +125,7 @@ class _Course:
     start: Snapshot
     applied: list[Treatment] = field(default_factory=list)
     skipped: list[Treatment] = field(default_factory=list)
+    fruitless: list[tuple[Finding, Remedy]] = field(default_factory=list)
 
     def run(self, findings: tuple[Finding, ...]) -> FixRecord:
         b, c = self.ward.splits.b, self.ward.splits.c
@@ -134,6 +136,7 @@ class _Course:
         for finding in findings:
             if finding.severity != "I" and not self.settled(finding, findings):
                 now = self.treat(finding, now)
+        now = self.together(now)
         after_c = self.score("after (C)", c) if self.applied else before_c
         final = self.effect(before_c, after_c)
         if self.applied and self.contradicts(final):
@@ -184,6 +187,40 @@ class _Course:
                     break
         return now
 
+    def together(self, now: Outcome) -> Outcome:
+        """Apply what gained nothing alone all at once: two causes may hide each other's cure."""
+        # Of every finding the remedy that was tried first.
+        pairs = list({finding.code: (finding, remedy) for finding, remedy in reversed(self.fruitless)}.values())[::-1]
+        if len(pairs) < 2:
+            return now
+        done: list[tuple[Finding, Remedy, Surgery]] = []
+        for finding, remedy in pairs:
+            operation = REMEDIES[remedy.code].operation
+            with contextlib.suppress(NormscopeError):
+                if operation is not None and (surgery := operation(self.case(finding))).changed:
+                    done.append((finding, remedy, surgery))
+        name = ", ".join(f"{remedy.code} for {finding.code}" for finding, remedy, _ in done)
+        self.ward.patient.progress.expect(1, len(self.ward.splits.b))
+        after = self.score(f"together: {name} (B)", self.ward.splits.b)
+        gain = self.effect(now, after)
+        if len(done) < 2 or self.verdict(gain, "gain"):
+            for _, _, surgery in reversed(done):
+                surgery.undo()
+            return now
+        kept = {(finding.code, remedy.code) for finding, remedy, _ in done}
+        self.skipped = [t for t in self.skipped if (t.rule, t.remedy.code) not in kept]
+        self.applied += [
+            Treatment(f.code, r, s.changed, gain.cost, "kept, together with the others") for f, r, s in done
+        ]
+        return after
+
+    def case(self, finding: Finding) -> Case:
+        """What an operation for this finding may use."""
+        ward = self.ward
+        batches = [batch.fresh(ward.patient.device) for batch in ward.splits.a]
+        estimator = cast("Literal['population', 'mean']", ward.estimator)
+        return Case(ward.model, finding.layers, batches, ward.patient.forward, ward.reference, estimator)
+
     def skip(self, finding: Finding, remedy: Remedy, reason: str, gain: Interval | None = None) -> None:
         """Note a remedy that is not in the model, and why."""
         self.skipped.append(Treatment(finding.code, remedy, finding.layers, gain, reason))
@@ -198,14 +235,11 @@ class _Course:
     ) -> tuple[bool, Outcome]:
         """Apply a remedy, and take it back unless split B approves."""
         ward = self.ward
-        batches = [batch.fresh(ward.patient.device) for batch in ward.splits.a]
-        estimator = cast("Literal['population', 'mean']", ward.estimator)
-        case = Case(ward.model, finding.layers, batches, ward.patient.forward, ward.reference, estimator)
         name = f"{remedy.code} for {finding.code}"
         ward.patient.progress.expect(1, len(ward.splits.b))
         ward.patient.progress.at(name)
         try:
-            surgery = operation(case)
+            surgery = operation(self.case(finding))
         except NormscopeError as error:
             self.skip(finding, remedy, str(error).splitlines()[0])
             return False, now
@@ -218,6 +252,7 @@ class _Course:
         reason = self.verdict(gain, proof)
         if reason:
             surgery.undo()
+            self.fruitless.append((finding, remedy))
             self.skip(finding, remedy, reason, gain.cost)
             return False, now
         self.applied.append(Treatment(finding.code, remedy, surgery.changed, gain.cost, "kept"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from torch.nn import Module
 
 from normscope.doctor.attribution import together
 from normscope.doctor.measurements import Measurements
@@ -13,6 +15,7 @@ from normscope.doctor.rules import base as rules
 from normscope.doctor.thresholds import Thresholds
 from normscope.errors import ArgumentError
 from normscope.records import Fact, Finding, Verdict
+from normscope.surgery.find import selected
 
 __all__ = ["chosen", "findings_of", "known_intents", "verdicts_of"]
 
@@ -20,8 +23,8 @@ _ORDER = {"E": 0, "W": 1, "I": 2}
 
 
 def known_intents() -> tuple[str, ...]:
-    """Every intent that can be declared: those that a rule knows; accepting others would promise an effect."""
-    return tuple(sorted({intent for rule in RULES.values() for intent in rule.intents}))
+    """Every intent or use that can be declared: those that a rule knows; accepting others would promise an effect."""
+    return tuple(sorted({intent for rule in RULES.values() for intent in (*rule.intents, *rule.uses)}))
 
 
 def chosen(select: Iterable[str] | str | None, ignore: Iterable[str] | str | None) -> tuple[Rule, ...]:
@@ -64,6 +67,73 @@ def verdicts_of(
             judgement = dataclasses.replace(judgement, status="intentional", reason=reason)
         judged.append((rule, judgement))
     return judged
+
+
+def spare(
+    judged: list[tuple[Rule, Judgement]], ignores: Mapping[str, Iterable[str]]
+) -> tuple[list[tuple[Rule, Judgement]], tuple[str, ...]]:
+    """The same without the layers that are ignored for a rule, and the ignores that nothing needed.
+
+    Args:
+        judged: What every rule says.
+        ignores: By pattern of module paths, codes or their beginnings.
+    """
+    pairs = [(pattern, code) for pattern, codes in ignores.items() for code in codes]
+    _prefixes([code for _, code in pairs], "per-module ignore")
+    used: set[tuple[str, str]] = set()
+    kept = []
+    for rule, judgement in judged:
+        mine = [pair for pair in pairs if rule.code.startswith(pair[1])]
+        if judgement.severity is not None and mine:
+            matched = {
+                name: hits
+                for name in judgement.layers
+                if (hits := [p for p in mine if selected([p[0]])(name, _NO_MODULE)])
+            }
+            used.update(pair for hits in matched.values() for pair in hits)
+            judgement = _without(judgement, tuple(matched))
+        kept.append((rule, judgement))
+    unused = [
+        f"the ignore of {code} for {pattern!r} is not needed" for pattern, code in pairs if (pattern, code) not in used
+    ]
+    return kept, tuple(unused)
+
+
+_NO_MODULE = Module()
+
+
+def _without(judgement: Judgement, names: tuple[str, ...]) -> Judgement:
+    if not names:
+        return judgement
+    rest = tuple(name for name in judgement.layers if name not in names)
+    reason = f"{judgement.reason} (ignored: {rules.short(names)})"
+    return dataclasses.replace(
+        judgement, reason=reason, layers=rest or judgement.layers, status=judgement.status if rest else "intentional"
+    )
+
+
+def unneeded(
+    judged: list[tuple[Rule, Judgement]],
+    m: Measurements,
+    ignore: Iterable[str] | str | None,
+    intent: tuple[str, ...],
+    t: Thresholds,
+) -> tuple[str, ...]:
+    """Ignores and intents without which nothing would be otherwise."""
+    notes = []
+    for prefix in _prefixes(ignore, "ignore"):
+        loud = [r for code, r in RULES.items() if code.startswith(prefix) and rules.judge(r, m, t).severity]
+        if not loud:
+            notes.append(f"ignore {prefix} is not needed: it raises nothing")
+    used = {one for rule, j in judged if j.status == "intentional" for one in rule.intents}
+    uses = {use for rule in RULES.values() for use in rule.uses}
+    notes += [f"intent {one} is not needed: no alarm is about it" for one in intent if one not in used | uses]
+    return tuple(notes)
+
+
+def fingerprints(findings: Iterable[Finding]) -> set[tuple[str, str]]:
+    """What findings are known by from one run to the next: code and module."""
+    return {(f.code, name) for f in findings for name in (f.layers or ("",))}
 
 
 def findings_of(judged: list[tuple[Rule, Judgement]], m: Measurements) -> tuple[Finding, ...]:

@@ -14,6 +14,8 @@ from normscope.records import Interval
 
 __all__ = [
     "Array",
+    "Change",
+    "Costs",
     "Dependence",
     "Drift",
     "Effect",
@@ -22,8 +24,11 @@ __all__ = [
     "Measurements",
     "Moments",
     "Mutation",
+    "Optimized",
     "Outcome",
+    "Padding",
     "Reference",
+    "Rescaled",
     "RoundTrip",
     "Site",
     "Steps",
@@ -51,6 +56,7 @@ class Layer:
         keeps_mode: Whether it stays as it is when the model is told to train.
         fed_frozen: Whether nothing before it learns; None where that was not measured.
         script: Compiled by TorchScript, so that nothing can watch it.
+        dtype: Of its running statistics, e.g. "float32"; "" without any.
     """
 
     name: str
@@ -71,16 +77,34 @@ class Layer:
     keeps_mode: bool = False
     fed_frozen: bool | None = None
     script: bool = False
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One call of a normalizer in the traced forward: its input and the values that share one statistic."""
+    """One call of a normalizer in the traced forward.
+
+    Attributes:
+        layer: The normalizer.
+        index: How often it had been called before.
+        shape: Of its input.
+        values: Values that share one statistic in training.
+        dtype: Of its input.
+        axis: Where the module that made the input put its features; None where that is not known.
+        after: The normalizer whose output this is, but for its shape and dropout.
+        dropout: Whether dropout lies between the last normalizer and this one.
+        finite: Whether a constant input of this shape and dtype gives finite numbers; None where that was not tried.
+    """
 
     layer: str
     index: int
     shape: tuple[int, ...]
     values: float
+    dtype: str = "float32"
+    axis: int | None = None
+    after: str = ""
+    dropout: bool = False
+    finite: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +115,13 @@ class FunctionalCall:
         function: "batch_norm", "layer_norm", …
         where: The module whose forward called it.
         batch: Whether it used batch statistics in evaluation.
+        bypassed: The normalizer whose buffers it used, unseen by hooks; None where it is no normalizer's.
     """
 
     function: str
     where: str
     batch: bool
+    bypassed: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +135,12 @@ class Moments:
         samples: (n, c') means of every sample, of evenly chosen channels; None where they were not kept.
         groups: (n,) the batch of every sample.
         infinite: Channels of samples that held NaN or infinity.
+        low: (c,) smallest value; None where it was not kept.
+        high: (c,) largest value.
+        dtype: Of the input.
+        sites: By call of a normalizer that is called several times, the moments of that call.
+        dominated: Largest share of the channels of a batch in which one and the same sample has most of the variance.
+        culprit: That sample, as "batch 3, sample 7".
     """
 
     sizes: Array
@@ -117,6 +149,12 @@ class Moments:
     samples: Array | None = None
     groups: NDArray[np.int64] | None = None
     infinite: int = 0
+    low: Array | None = None
+    high: Array | None = None
+    dtype: str = "float32"
+    sites: tuple[Moments, ...] = ()
+    dominated: float = 0.0
+    culprit: str = ""
 
     @property
     def mean(self) -> Array:
@@ -244,6 +282,12 @@ class Steps:
         trained: Layers that were in training mode inside a step.
         updates: By layer, updates of its statistics per step.
         problem: Why there are none.
+        called: Layers that were called in a step.
+        learning: Those that were called with gradients.
+        apart: Those that were in training mode and only called without.
+        forwards: Forwards of the whole model per step.
+        backwards: Backwards that reached a parameter per step.
+        optimizer: Steps of the optimizer in all; None where none was passed.
     """
 
     count: int = 0
@@ -251,6 +295,104 @@ class Steps:
     trained: tuple[str, ...] = ()
     updates: Mapping[str, float] = field(default_factory=dict)
     problem: str = ""
+    called: tuple[str, ...] = ()
+    learning: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+    forwards: float = 0.0
+    backwards: float = 0.0
+    optimizer: int | None = None
+
+    @property
+    def accumulated(self) -> float:
+        """Forwards per step of the optimizer; 1 where that is not known."""
+        return self.forwards * self.count / self.optimizer if self.optimizer and self.forwards else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Optimized:
+    """What the optimizer does with γ and β.
+
+    Attributes:
+        decayed: Normalizers of which a parameter is decayed.
+        missing: Those of which a parameter requires a gradient and lies in no group.
+        decay: The largest weight decay among the former.
+    """
+
+    decayed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    decay: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Positions that only fill up a batch.
+
+    Attributes:
+        share: Of all positions.
+        known: How they were recognized: "mask" or "tail".
+        changes: By normalizer, how much its output at the other positions changes without them, relative.
+        effect: What the model loses on samples in a batch against the same samples alone, cut to their length.
+    """
+
+    share: float = 0.0
+    known: str = ""
+    changes: Mapping[str, float] = field(default_factory=dict)
+    effect: Effect = Effect()
+
+
+@dataclass(frozen=True, slots=True)
+class Rescaled:
+    """The input map under which the first normalizer sees what its statistics describe.
+
+    Attributes:
+        name: Such as "× 255".
+        ratio: Median over channels of running over data variance, without the map.
+        effect: What the model loses against itself with the map.
+    """
+
+    name: str
+    ratio: float
+    effect: Effect
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What normalizers cost in a training step.
+
+    Attributes:
+        step: Milliseconds, the median.
+        saved: Milliseconds less with identity statistics in their place; None where it was not measured.
+        spread: Interquartile range of the step, relative: on a busy machine nothing can be said.
+        held: By normalizer, bytes kept for its backward pass and for nothing before it.
+        layers: Those that were replaced.
+        problem: Why nothing was timed.
+    """
+
+    step: float = 0.0
+    saved: Interval | None = None
+    spread: float = 0.0
+    held: Mapping[str, int] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An attribute of a normalizer that is another in the reference.
+
+    Attributes:
+        layer: Its name.
+        attribute: "eps", "momentum", "class", "training".
+        here: In the checked model.
+        there: In the reference.
+        scale: Median over channels of the relative change of the output that ε makes; 0 for others.
+    """
+
+    layer: str
+    attribute: str
+    here: str
+    there: str
+    scale: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +411,11 @@ class Reference:
         copied: What the checked model loses against itself with the reference's buffers.
         theirs: What the reference loses against itself with the checked model's buffers.
         problem: Why they cannot be compared.
+        difference: Relative difference of the outputs in evaluation mode; None where they cannot be compared.
+        half: Whether one of the outputs is in half precision.
+        changes: Attributes of normalizers that differ.
+        gone: Normalizers of the reference that the model does not have.
+        folded: Whether the layers before them are in both models, so that they may have been folded into these.
     """
 
     follows: float = 0.0
@@ -282,6 +429,11 @@ class Reference:
     copied: Effect = Effect()
     theirs: Effect = Effect()
     problem: str = ""
+    difference: float | None = None
+    half: bool = False
+    changes: tuple[Change, ...] = ()
+    gone: tuple[str, ...] = ()
+    folded: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -316,6 +468,26 @@ class Measurements:
         traced_size: Samples in the batch that was traced.
         batches: Batches in A, B and C.
         needed: Samples needed to see an effect of the stated size; None where it was not measured.
+        declared: Intents and uses that were declared.
+        rectified: Normalizers whose output goes straight into a ReLU.
+        last: Normalizers whose output is the model's.
+        fed: By normalizer, the linear layer or convolution whose output it gets, and what keeps that one's bias in use.
+        biased: Linear layers and convolutions that have a bias.
+        ranges: By normalizer, the largest over the median range of the channels of the layer before it, once folded.
+        trials: Effects of small changes that only suspects get: "bessel", "eps", "sites".
+        noise_of_average: What the score varies by with the end point of the running averages, one number per draw.
+        rescaled: The input map that explains the first normalizer's statistics; None where there is none.
+        padding: None where no positions only fill up.
+        optimized: None without an optimizer.
+        exported: Names of batch normalizations that an exported graph computes in training mode; None for other models.
+        parallel: How the model is spread over devices: "", "DataParallel", "distributed".
+        devices: Over how many.
+        ranks: By normalizer, the largest distance of the ranks' running means in σ; None without ranks.
+        rank_problem: Why ranks could not be compared.
+        costs: None where no budget was left for them.
+        deployment: Drift against a second loader, if one was passed.
+        shift: What the model loses there against itself with statistics of that loader.
+        same_samples: Whether both loaders yield the same labels in the same order.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -353,6 +525,26 @@ class Measurements:
     batch_problem: str = ""
     score_problem: str = ""
     needed: int | None = None
+    declared: tuple[str, ...] = ()
+    rectified: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    fed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    biased: tuple[str, ...] = ()
+    ranges: Mapping[str, float] = field(default_factory=dict)
+    trials: Mapping[str, Effect] = field(default_factory=dict)
+    noise_of_average: Array | None = None
+    rescaled: Rescaled | None = None
+    padding: Padding | None = None
+    optimized: Optimized | None = None
+    exported: tuple[str, ...] | None = None
+    parallel: str = ""
+    devices: int = 1
+    ranks: Mapping[str, float] | None = None
+    rank_problem: str = ""
+    costs: Costs | None = None
+    deployment: Mapping[str, Drift] = field(default_factory=dict)
+    shift: Effect = Effect()
+    same_samples: bool = False
 
     @property
     def trains(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +21,15 @@ from normscope.doctor.measurements import Array, Moments, Outcome
 from normscope.doctor.progress import Progress
 from normscope.errors import ArgumentError
 from normscope.records import PassCost
-from normscope.surgery import feed, find, quiet
+from normscope.surgery import feed, find, quiet, switch
 from normscope.surgery.find import Found
 
 __all__ = ["Patient", "Statistics", "Watch"]
 
 # Channels of which sample-level means are kept: enough for a median, and little memory in wide models.
 KEPT_CHANNELS = 64
+# Fewer samples or channels say nothing about who has most of the variance.
+FEW_SAMPLES, FEW_CHANNELS = 8, 4
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -77,7 +80,7 @@ class Patient:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode, whatever the model's own `train` makes of it."""
-        self.model.eval()
+        switch(self.model)
         with quiet():
             yield
 
@@ -243,16 +246,64 @@ def _joined(values: list[Array], samples: int) -> Array | None:
     return np.array([v.mean() for v in values])
 
 
+@dataclass(slots=True)
+class _Call:
+    """The moments of one call: by sample and channel."""
+
+    mean: Tensor
+    var: Tensor
+    count: int
+    dtype: str
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What was noted about one normalizer, batch by batch."""
+
+    batches: list[tuple[float, Array, Array]] = field(default_factory=list)
+    sites: dict[int, list[tuple[float, Array, Array]]] = field(default_factory=dict)
+    samples: list[Array] = field(default_factory=list)
+    infinite: int = 0
+    dtype: str = "float32"
+    low: Array | None = None
+    high: Array | None = None
+    dominated: float = 0.0
+    culprit: str = ""
+
+    def moments(self) -> Moments:
+        samples = self.samples
+        return dataclasses.replace(
+            _moments(self.batches),
+            samples=np.concatenate(samples).astype(np.float64) if samples else None,
+            groups=np.repeat(np.arange(len(samples)), [len(s) for s in samples]) if samples else None,
+            infinite=self.infinite,
+            low=self.low,
+            high=self.high,
+            dtype=self.dtype,
+            sites=tuple(_moments(rows) for _, rows in sorted(self.sites.items())) if len(self.sites) > 1 else (),
+            dominated=self.dominated,
+            culprit=self.culprit,
+        )
+
+
+def _moments(rows: list[tuple[float, Array, Array]]) -> Moments:
+    return Moments(
+        sizes=np.array([row[0] for row in rows]),
+        means=np.stack([row[1] for row in rows]),
+        vars=np.stack([row[2] for row in rows]),
+    )
+
+
 class Watch:
     """Notes the moments of what enters normalizers; nothing of the activations is kept."""
 
     def __init__(self, layers: Sequence[Found], samples: bool) -> None:
         self.layers = layers
         self.keep_samples = samples
-        self.pending: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
-        self.batches: dict[str, list[tuple[float, Array, Array]]] = {}
-        self.samples: dict[str, list[Array]] = {}
-        self.infinite: dict[str, int] = {}
+        self.pending: dict[str, list[_Call]] = {}
+        self.notes: dict[str, _Notes] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> Watch:
@@ -271,14 +322,17 @@ class Watch:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is None or x.dim() < 2 or x.shape[1] != channels or x.numel() == 0:
                 return
+            dtype = str(x.dtype).removeprefix("torch.")
             x = x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
+            flat = x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
             if x.dim() == 2:
                 mean, var = x, torch.zeros_like(x)
             else:
-                var, mean = torch.var_mean(x.flatten(2), dim=2, correction=0)
-            # One bad value makes its mean bad: no need to look at every value again.
-            self.infinite[found.name] = self.infinite.get(found.name, 0) + int((~torch.isfinite(mean)).sum())
-            self.pending.setdefault(found.name, []).append((mean.double(), var.double(), x[0, 0].numel()))
+                var, mean = torch.var_mean(flat, dim=2, correction=0)
+            call = _Call(mean.double(), var.double(), flat.shape[2], dtype)
+            if self.keep_samples:
+                call.low, call.high = (v.amin(0) for v in (flat.amin(2), -flat.amax(2)))
+            self.pending.setdefault(found.name, []).append(call)
 
         return see
 
@@ -288,34 +342,57 @@ class Watch:
             calls = self.pending.pop(found.name, [])
             if not calls:
                 continue
-            mean = torch.cat([m for m, _, _ in calls])
-            within = torch.cat([v for _, v, _ in calls])
-            centre = mean.mean(dim=0)
-            var = within.mean(dim=0)
-            if found.kind != "InstanceNorm":
-                var = var + (mean - centre).square().mean(dim=0)
-            count = float(sum(m.shape[0] * n for m, _, n in calls))
-            if found.kind == "InstanceNorm":
-                count /= mean.shape[0]
-            self.batches.setdefault(found.name, []).append((count, centre.cpu().numpy(), var.cpu().numpy()))
+            notes = self.notes.setdefault(found.name, _Notes())
+            notes.dtype = calls[0].dtype
+            # One bad value makes its mean bad: no need to look at every value again.
+            notes.infinite += sum(int((~torch.isfinite(call.mean)).sum()) for call in calls)
+            instances = found.kind == "InstanceNorm"
+            notes.batches.append(_row(calls, instances))
+            if len(calls) > 1:
+                for k, call in enumerate(calls):
+                    notes.sites.setdefault(k, []).append(_row([call], instances))
             if self.keep_samples:
-                rows = _by_sample(calls[0][0], size)
-                self.samples.setdefault(found.name, []).append(rows.float().cpu().numpy())
+                notes.samples.append(_by_sample(calls[0].mean, size).float().cpu().numpy())
+                _note_range(notes, calls)
+                if not instances and calls[0].mean.shape[0] == size:
+                    _note_dominance(notes, calls[0])
 
     def moments(self) -> dict[str, Moments]:
         """What was noted, by layer."""
-        found = {}
-        for name, rows in self.batches.items():
-            samples = self.samples.get(name)
-            found[name] = Moments(
-                sizes=np.array([row[0] for row in rows]),
-                means=np.stack([row[1] for row in rows]),
-                vars=np.stack([row[2] for row in rows]),
-                samples=np.concatenate(samples).astype(np.float64) if samples else None,
-                groups=np.repeat(np.arange(len(samples)), [len(s) for s in samples]) if samples else None,
-                infinite=self.infinite.get(name, 0),
-            )
-        return found
+        return {name: notes.moments() for name, notes in self.notes.items()}
+
+
+def _row(calls: Sequence[_Call], instances: bool) -> tuple[float, Array, Array]:
+    """How many values there are per channel, their mean and their variance."""
+    mean = torch.cat([call.mean for call in calls])
+    var = torch.cat([call.var for call in calls]).mean(dim=0)
+    centre = mean.mean(dim=0)
+    if not instances:
+        var = var + (mean - centre).square().mean(dim=0)
+    count = float(sum(call.mean.shape[0] * call.count for call in calls))
+    return count / (mean.shape[0] if instances else 1), centre.cpu().numpy(), var.cpu().numpy()
+
+
+def _note_range(notes: _Notes, calls: Sequence[_Call]) -> None:
+    for call in calls:
+        if call.low is not None and call.high is not None:
+            low, high = call.low.double().cpu().numpy(), -call.high.double().cpu().numpy()
+            notes.low = low if notes.low is None else np.fmin(notes.low, low)
+            notes.high = high if notes.high is None else np.fmax(notes.high, high)
+
+
+def _note_dominance(notes: _Notes, call: _Call) -> None:
+    """In how many channels one and the same sample has more than half of the batch's variance."""
+    samples, channels = call.mean.shape
+    if samples < FEW_SAMPLES or channels < FEW_CHANNELS:
+        return
+    parts = call.var + (call.mean - call.mean.mean(dim=0)).square()
+    shares = parts / parts.sum(dim=0).clamp(min=1e-300)
+    leads = (shares > 0.5).double().mean(dim=1)
+    most = float(leads.max())
+    if most > notes.dominated:
+        notes.dominated = most
+        notes.culprit = f"batch {len(notes.batches) - 1}, sample {int(leads.argmax())}"
 
 
 def _by_sample(rows: Tensor, size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,21 +17,27 @@ from torch.nn import functional as F
 
 from normscope.doctor import gates
 from normscope.doctor.attribution import Coalitions, search
-from normscope.doctor.cache import Batch, Cache, Splits, few_of, regroup, split, thin
-from normscope.doctor.measurements import Effect, Layer, Measurements, Moments, Outcome
+from normscope.doctor.cache import Batch, Cache, Splits, few_of, read, regroup, split, thin
+from normscope.doctor.costs import costs_of
+from normscope.doctor.measurements import Effect, Layer, Measurements, Moments, Outcome, Reference, Site
 from normscope.doctor.patient import Patient, Statistics
+from normscope.doctor.ranks import compare_ranks, devices_of
 from normscope.doctor.scan import (
     Tracer,
     average_without_buffers,
+    constant_is_finite,
     difference,
+    exported,
     fed_frozen,
     infinite_weights,
     layers_of,
+    raw_tensors_of,
 )
+from normscope.doctor.suspects import Suspects, folded_ranges, linear_before
 from normscope.doctor.thresholds import Thresholds
-from normscope.doctor.user import bare, dependence, evaluate_once, reference_facts, round_trip, take_steps
+from normscope.doctor.user import bare, dependence, evaluate_once, optimized, reference_facts, round_trip, take_steps
 from normscope.errors import ArgumentError
-from normscope.surgery import Snapshot
+from normscope.surgery import Snapshot, feed, switch
 
 __all__ = ["Callables", "Probe", "statistics_of"]
 
@@ -43,6 +49,8 @@ ATTRIBUTION_ENDS = 0.85
 CANDIDATES = 8
 ATTRIBUTION_BATCHES = 8
 SMALL = 2
+SECOND_LOADER = 0.1
+HALVES = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,7 @@ class Callables:
     predict: Callable[[Module, Any], Any] | None = None
     roundtrip: Callable[[Module], Module] | None = None
     reference: Module | None = None
+    deployment: Iterable[Any] | None = None
 
 
 def statistics_of(moments: dict[str, Moments], estimator: str) -> Statistics:
@@ -82,7 +91,10 @@ class Probe:
         cache: The batches.
         thresholds: Of the gates.
         seed: Of all random draws.
-        deadline: When the budget is spent.
+        start: When the examination began.
+        budget: Seconds for all of it.
+        declared: Intents and uses.
+        costs: Whether a rule asks for times.
         notes: What a reader must know.
     """
 
@@ -94,6 +106,8 @@ class Probe:
     seed: int
     start: float
     budget: float
+    declared: tuple[str, ...] = ()
+    costs: bool = False
     splits: Splits = field(init=False)
     notes: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
@@ -115,12 +129,21 @@ class Probe:
         found["average"] = average_without_buffers(model)
         found["infinite_weights"] = infinite_weights(model)
         found["loader"] = self.cache.facts
+        found["declared"] = self.declared
+        found["exported"] = exported(model)
+        found["optimized"] = optimized(model, self.user.optimizer)
+        found["parallel"], found["devices"] = devices_of(model)
+        if found["parallel"] == "distributed" and found["devices"] > 1:
+            found["ranks"], found["rank_problem"] = compare_ranks(found["layers"])
         self._as_handed_over()
         self._trace()
         self._plan()
         self._states()
         self._attribute()
+        self._suspects()
+        self._deployment()
         self._reference()
+        self._costs()
         found["batches"] = (len(self.splits.a), len(self.splits.b), len(self.splits.c))
         found["traced_size"] = self.cache.batches[0].size
         found["batch_size"] = max((batch.size for batch in self.cache.batches), default=0)
@@ -165,8 +188,15 @@ class Probe:
                 raise _cannot_run(error, patient.forward is not None) from error
             self.found["second"] = time.monotonic() - start
             self.found["repeat"] = self._repeat(first)
-        self.found["sites"] = tuple(tracer.sites)
+            sites = _with_constants(patient, tracer.sites)
+        self.found["sites"] = sites
         self.found["functional"] = tuple(tracer.calls)
+        self.found["last"] = tracer.lineage.norms(output)
+        self.found["rectified"] = tuple(sorted(tracer.lineage.rectified))
+        self.found["fed"] = linear_before(patient, first)
+        linears = {n: patient.model.get_submodule(n) for n, _ in self.found["fed"].values()}
+        self.found["biased"] = tuple(n for n, module in linears.items() if module._parameters.get("bias") is not None)
+        self.found["ranges"] = folded_ranges(patient.model, self.found["layers"], self.found["fed"])
         reached = {site.layer for site in tracer.sites}
         self.found["unreached"] = tuple(x.name for x in self.found["layers"] if x.name not in reached and not x.script)
         self._infer(output, data)
@@ -410,6 +440,47 @@ class Probe:
         spent = max(p.seconds for p in self.patient.passes[-3:])
         return self.left >= self.budget * (1 - ATTRIBUTION_ENDS) + 3 * spent
 
+    # --- trials, another loader, costs ----------------------------------------------------------------------------
+
+    def _suspects(self) -> None:
+        """What only some rules ask for, where there is ground and time."""
+        found, own = self.found, self.found.get("own", {})
+        pooled = statistics_of(own, found.get("best_estimator", "population")) if own else {}
+        found["traced"] = self.cache.batches[0].size
+        a, b, t = self.splits.a, self.splits.b, self.thresholds
+        if not Suspects(self.patient, found, a, b, pooled, t, self.seed, self._has_time).run():
+            self.notes.append("some trials of single suspicions were left out: the budget is spent")
+        del found["traced"]
+
+    def _deployment(self) -> None:
+        """The same statistics against the batches of a second loader."""
+        if self.user.deployment is None:
+            return
+        found, patient, t = self.found, self.patient, self.thresholds
+        cache = read(self.user.deployment, self.budget * SECOND_LOADER)
+        parts = split(cache.batches, self.seed)
+        try:
+            with patient.on_batches():
+                own = patient.measure("deployment, batch statistics", parts.a)
+            found["deployment"] = gates.drifts(found["layers"], own, t, self.seed)
+            found["same_samples"] = _same_labels(self.cache, cache)
+            if parts.b and (patient.loss is not None or patient.metric is not None):
+                with patient.evaluating():
+                    now = patient.score("deployment, evaluation", parts.b)
+                with patient.with_statistics(statistics_of(own, "population")):
+                    other = patient.score("deployment, recalibrated", parts.b)
+                found["shift"] = gates.effect(now, other, t, self.seed)
+        except (ValueError, RuntimeError) as error:
+            self.notes.append(f"the deployment loader could not be used: {type(error).__name__}: {error}")
+
+    def _costs(self) -> None:
+        """Times, if a selected rule asks for them and the budget allows."""
+        if self.costs and self.left > self.budget * (1 - ATTRIBUTION_ENDS):
+            with self.home:
+                self.found["costs"] = costs_of(
+                    self.patient.model, self.cache.batches[0], self.patient.forward, self.patient.device, self.left / 4
+                )
+
     # --- the other model ------------------------------------------------------------------------------------------
 
     def _reference(self) -> None:
@@ -418,6 +489,8 @@ class Probe:
             return
         layers, others = self.found["layers"], layers_of(other)
         facts = reference_facts(self.patient.model, layers, other, others)
+        if not facts.problem:
+            facts = self._outputs(facts, other)
         if not facts.problem and "eval" in self.found.get("outcomes", {}):
             facts = dataclasses.replace(
                 facts,
@@ -425,6 +498,20 @@ class Probe:
                 theirs=self._theirs(other, layers, others),
             )
         self.found["reference"] = facts
+
+    def _outputs(self, facts: Reference, other: Module) -> Reference:
+        """How far the outputs of both lie apart on one batch."""
+        patient, first = self.patient, self.cache.batches[0]
+        try:
+            with Snapshot(other), patient.evaluating():
+                mine, _ = patient.run(first)
+                switch(other)
+                theirs = feed(other, first.fresh(patient.device), patient.forward)
+        except Exception as error:
+            self.notes.append(f"the reference could not be run: {type(error).__name__}: {error}")
+            return facts
+        half = any(leaf.itemsize < 4 for x in (mine, theirs) for leaf in raw_tensors_of(x))
+        return dataclasses.replace(facts, difference=difference(theirs, mine), half=half)
 
     def _with_buffers_of(
         self, patient: Patient, layers: tuple[Layer, ...], others: tuple[Layer, ...], now: Outcome
@@ -453,6 +540,30 @@ class Probe:
         except Exception as error:
             self.notes.append(f"the reference could not be run: {type(error).__name__}: {error}")
             return Effect()
+
+
+def _with_constants(patient: Patient, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The traced calls, those in half precision with what an input without variance does to them."""
+    modules = {f.name: f.module for f in patient.layers}
+
+    def tried(site: Site) -> Site:
+        if site.dtype not in HALVES:
+            return site
+        return dataclasses.replace(site, finite=constant_is_finite(modules[site.layer], site, patient.device))
+
+    return tuple(tried(site) for site in sites)
+
+
+def _same_labels(one: Cache, other: Cache) -> bool:
+    """Whether two loaders yield the same labels in the same order: the same samples, transformed otherwise."""
+    pairs = list(zip(one.batches, other.batches, strict=False))
+    labels = [(_label(a.data), _label(b.data)) for a, b in pairs]
+    return bool(labels) and all(a is not None and b is not None and torch.equal(a, b) for a, b in labels)
+
+
+def _label(data: Any) -> Tensor | None:
+    label = data[1] if isinstance(data, (tuple, list)) and len(data) > 1 else None
+    return label if isinstance(label, Tensor) and label.dim() > 0 else None
 
 
 def _input(data: Any) -> Any:

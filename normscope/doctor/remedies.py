@@ -22,12 +22,15 @@ from normscope.records import Remedy
 from normscope.surgery import (
     Draft,
     Surgery,
+    absorb_bias,
     copy_buffers,
     exchange,
     find,
     freeze,
+    keep_float32,
     operate,
     recalibrate,
+    set_eps,
     set_momentum,
     trace,
 )
@@ -235,6 +238,73 @@ _OF_INSTANCES: dict[type[Module], Callable[..., Module]] = {
 }
 
 
+def _lower_momentum(case: Case) -> Surgery:
+    return lower_momentum(case.model, case.layers)
+
+
+def lower_momentum(model: Module, layers: Sequence[str]) -> Surgery:
+    """A tenth of torch's default: ten times as many batches are averaged."""
+    return set_momentum(model, 0.01, select=list(layers))
+
+
+def _own_statistics(case: Case) -> Surgery:
+    return own_statistics(case.model, case.layers)
+
+
+def own_statistics(model: Module, layers: Sequence[str]) -> Surgery:
+    """InstanceNorm by its instance in both modes, without buffers."""
+
+    def edit(draft: Draft) -> None:
+        for found in find(draft.model, list(layers)):
+            module: Any = found.module
+            if found.kind != "InstanceNorm" or not module.track_running_stats:
+                draft.skip(found.name, "no InstanceNorm with running statistics")
+                continue
+            module.track_running_stats = False
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                module._buffers[name] = None
+            draft.change(found.name)
+
+    return operate("own_statistics", model, edit)
+
+
+def _absorb(case: Case) -> Surgery:
+    if not case.batches:
+        raise ArgumentError("absorbing a bias needs a batch to prove it on", cure="pass a loader of several batches")
+    names = [name for name in case.layers if name in {found.name for found in find(case.model)}]
+    return absorb_bias(case.model, case.batches[0], forward=case.forward, drop=False, select=names or None)
+
+
+def _float32(case: Case) -> Surgery:
+    return widen(case.model, case.layers)
+
+
+def widen(model: Module, layers: Sequence[str]) -> Surgery:
+    """These layers in float32, whatever the rest is in."""
+    return keep_float32(model, select=list(layers))
+
+
+def _float32_recal(case: Case) -> Surgery:
+    """First the room for the digits, then the digits."""
+
+    def edit(draft: Draft) -> None:
+        inner = dataclasses.replace(case, model=draft.model)
+        for surgery in (_float32(inner), _recalibrate(inner)):
+            for name in surgery.changed:
+                draft.change(name)
+
+    return operate("float32_recal", case.model, edit)
+
+
+def _eps(case: Case) -> Surgery:
+    return default_eps(case.model, case.layers)
+
+
+def default_eps(model: Module, layers: Sequence[str]) -> Surgery:
+    """Torch's default, which no dtype rounds to 0."""
+    return set_eps(model, 1e-5, select=list(layers))
+
+
 # --- the remedies -----------------------------------------------------------------------------------------------------
 
 for _spec in (
@@ -271,6 +341,73 @@ for _spec in (
     Spec("bigger-batch", "S3", "use larger batches per device, or SyncBatchNorm over devices",
          "DataLoader(..., batch_size=32)  # or ns.synchronize(model)"),
     Spec("shuffle", "S3", "mix the batches", "DataLoader(..., shuffle=True)"),
+    Spec("lower-momentum", "S1", "set momentum to 0.01: statistics then average ten times as many batches", FIX,
+         proof="same", operation=_lower_momentum),
+    Spec("own-statistics", "S1", "normalize every instance by itself in both modes, without running statistics", FIX,
+         operation=_own_statistics),
+    Spec("absorb-bias", "S0", "set these biases to 0 and subtract them from the running mean", FIX,
+         proof="same", operation=_absorb),
+    Spec("float32", "S1", "let these layers compute in float32", FIX, proof="same", operation=_float32),
+    Spec("float32-recal", "S1", "keep the statistics of these layers in float32 and measure them again", FIX,
+         operation=_float32_recal),
+    Spec("default-eps", "S1", "set ε to 1e-5", FIX, proof="same", operation=_eps),
+    Spec("separate-statistics", "S3", "keep statistics for every call or domain, γ and β in common",
+         "ns.nn.SplitBatchNorm(channels, num_domains=2)  # or one normalizer per branch"),
+    Spec("eval-dummy", "S3",
+         "run dummy forwards (shapes, summaries) in evaluation mode, or reset the statistics before "
+         "training", "was = model.training; model.eval(); model(dummy); model.train(was)"),
+    Spec("scale-inputs", "S3", "give the model inputs in the scale of its training",
+         "transforms.Normalize(mean, std)  # the same in training, evaluation and production"),
+    Spec("adapt", "S3", "measure the statistics again on unlabelled data of the place where the model is used",
+         "ns.recalibrate(model, deployment_loader)"),
+    Spec("align-transforms", "S3",
+         "evaluate in the resolution and crop of the training, or measure the statistics again "
+         "with the evaluation's transform", "ns.recalibrate(model, loader_with_evaluation_transform)"),
+    Spec("train-mode", "S3", "switch to training mode where an epoch begins", "model.train()"),
+    Spec("live-norms", "S3", "load pretrained weights and statistics, or train with a normalizer that is not frozen",
+         "norm_layer=torch.nn.BatchNorm2d  # in place of the frozen class"),
+    Spec("bucket", "S3", "batch samples of similar length together", "sampler that sorts by length within chunks"),
+    Spec("mask", "S3", "leave padding out of the statistics", "ns.nn.BatchNorm1d(...)(x, mask=mask)"),
+    Spec("inspect-sample", "S3", "look at this sample; clip or rescale inputs", "x = x.clamp(-limit, limit)"),
+    Spec("sync", "S3", "normalize over the batches of all devices", "ns.synchronize(model)"),
+    Spec("distributed", "S3",
+         "train with DistributedDataParallel and synchronized normalizers in place of DataParallel",
+         "DistributedDataParallel(ns.synchronize(model).model)"),
+    Spec("other-axis", "S3", "normalize over more values: fewer groups, another axis, or no normalizer here",
+         "torch.nn.GroupNorm(groups, channels)  # with several values per group"),
+    Spec("transpose", "S3", "bring the channels to axis 1 before, and back after",
+         "self.norm(x.transpose(1, 2)).transpose(1, 2)"),
+    Spec("prune", "S3", "prune these channels and carry the constants that they put out into the next layer's bias",
+         "next.bias += next.weight[:, dead].flatten(2).sum(2) @ constant"),
+    Spec("dropout-last", "S3",
+         "move dropout behind the last normalizer", "nn.Sequential(norm, act, nn.Dropout(p), head)"),
+    Spec("remove-norm", "S3", "leave this normalizer out, if that is not what was meant", "nn.Identity()"),
+    Spec("bfloat16", "S3", "use bfloat16, which has the range of float32",
+         "torch.autocast(device, dtype=torch.bfloat16)"),
+    Spec("centre-inputs", "S3",
+         "subtract the mean before the precision is lowered", "x = (x.float() - mean).to(dtype)"),
+    Spec("one-update", "S3", "let statistics move once per step: leave out what checkpointing computes again and "
+         "auxiliary forwards", "ns.accelerate(model)  # or with ns.pause_statistics(model): around the second forward"),
+    Spec("param-groups", "S3",
+         "do not decay γ and β", "torch.optim.SGD(ns.optim.decay_groups(model, weight_decay=1e-4), lr=0.1)"),
+    Spec("optimize", "S3", "hand γ and β to the optimizer, or freeze them", "optimizer(model.parameters(), ...)"),
+    Spec("broadcast", "S3", "bring the ranks' statistics together before evaluating or saving",
+         "ns.synchronize(model)  # or torch.distributed.all_reduce on the buffers"),
+    Spec("convert-again", "S3", "convert with a tool that keeps class, ε, momentum and mode; or give them back",
+         "ns.surgery.set_eps(model, eps, select=layers)"),
+    Spec("like-origin", "S3", "set ε and momentum to the values with which the weights were trained",
+         "ns.surgery.set_eps(model, eps, select=layers)"),
+    Spec("export-eval", "S3", "export in evaluation mode", "torch.export.export(model.eval(), args)"),
+    Spec("fold-again", "S3",
+         "fold with the bias of the layer before: (b − μ)·γ/√(σ² + ε) + β", "ns.fold(model, example)"),
+    Spec("per-channel", "S3", "quantize weights per channel, or equalize the layers' ranges first",
+         "torch.per_channel_affine"),
+    Spec("private-norm", "S3", "for per-sample gradients: a normalizer without batch axis, or all BatchNorm in "
+         "evaluation mode", "ns.freeze(model)"),
+    Spec("fuse", "S3", "use fused normalizers, the same numbers", "ns.accelerate(model)"),
+    Spec("call-modules", "S3", "call modules, not their forward methods, so that hooks see them", "module(x)"),
+    Spec("see-list", "S3",
+         "judge these classes by their own documentation", "ns.check(model, loader, ignore=['NRM900'])"),
     Spec("reach", "S3", "pass a forward and a loader that reach these layers", "ns.check(model, loader, forward=...)"),
     Spec("more-samples", "S3", "give the check more samples or more time", "ns.check(model, loader, budget=300)"),
     Spec("dropout", "S3", "let dropout follow the mode", "F.dropout(x, p, training=self.training)"),

@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from normscope import records
 from normscope.doctor.fix import FixReport, Ward, treat
+from normscope.doctor.judge import fingerprints
 from normscope.doctor.measurements import Measurements
 from normscope.doctor.progress import Tell
 from normscope.errors import ArgumentError, NormscopeError
@@ -69,15 +70,18 @@ class Report:
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
 
-    def passed(self, fail_on: Severity = "E") -> bool:
+    def passed(self, fail_on: Severity = "E", baseline: CheckRecord | None = None) -> bool:
         """Whether no finding is at this severity or above.
 
         Args:
             fail_on: "E", "W" or "I".
+            baseline: The record of an earlier check: what it found in the same modules does not count.
         """
         if fail_on not in _ORDER:
             raise ArgumentError(f"fail_on {fail_on!r} is no severity", cure="use one of E, W, I")
-        return all(_ORDER[finding.severity] > _ORDER[fail_on] for finding in self.findings)
+        known = set() if baseline is None else fingerprints(baseline.findings)
+        new = [finding for finding in self.findings if not fingerprints([finding]) <= known]
+        return all(_ORDER[finding.severity] > _ORDER[fail_on] for finding in new)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the record as JSON; `normscope.records.from_json(CheckRecord, text)` reads it back without loss."""

@@ -19,12 +19,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from normscope.doctor.cache import Batch, few_of
+from normscope.doctor.lineage import Lineage
 from normscope.doctor.measurements import Array, FunctionalCall, Layer, Site
 from normscope.doctor.patient import Patient
-from normscope.surgery import Snapshot, feed, find, is_frozen, paths
+from normscope.surgery import Snapshot, feed, find, is_frozen, paths, switch
 from normscope.surgery.find import Found
 
-__all__ = ["Tracer", "average_without_buffers", "fed_frozen", "infinite_weights", "layers_of", "tensors_of"]
+__all__ = [
+    "Tracer",
+    "average_without_buffers",
+    "constant_is_finite",
+    "exported",
+    "fed_frozen",
+    "infinite_weights",
+    "layers_of",
+    "raw_tensors_of",
+    "tensors_of",
+]
 
 _FUNCTIONS: dict[Any, str] = {
     F.batch_norm: "batch_norm", F.instance_norm: "instance_norm", F.group_norm: "group_norm",
@@ -49,7 +60,7 @@ def layers_of(model: Module, home: Snapshot | None = None) -> tuple[Layer, ...]:
     found = find(model)
     before = {f.name: bool(f.module.training) for f in found}
     with home or Snapshot(model):
-        model.train()
+        switch(model, True)
         after = {f.name: bool(f.module.training) for f in found}
     return tuple(_layer(f, before[f.name], after[f.name]) for f in found)
 
@@ -76,7 +87,12 @@ def _layer(found: Found, training: bool, after: bool) -> Layer:
         learns=any(p.requires_grad for p in own) if own else None,
         keeps_mode=training == after,
         script=isinstance(module, torch.jit.ScriptModule),
+        dtype=_dtype(getattr(module, "running_var", None)),
     )
+
+
+def _dtype(value: Any) -> str:
+    return str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
 
 
 def _number(value: Any) -> float | None:
@@ -123,6 +139,10 @@ class Tracer(TorchFunctionMode):
         # A class of one's own that calls a function is asked by that call; a known one answers for itself.
         self._known = {id(f.module) for f in find(model) if f.kind != "custom"}
         self._inside = 0
+        self.lineage = Lineage()
+        self._buffers = {
+            id(buffer): f.name for f in find(model) for buffer in f.module._buffers.values() if buffer is not None
+        }
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -148,16 +168,31 @@ class Tracer(TorchFunctionMode):
             self._inside += id(module) in self._known
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is not None:
-                self.sites.append(Site(name, self._counts[name], tuple(x.shape), _per_statistic(found, tuple(x.shape))))
+                self.sites.append(self._site(found, x))
                 self._counts[name] += 1
 
         return enter
 
-    def _leave(self, module: Module, *_: Any) -> None:
+    def _site(self, found: Found, x: Tensor) -> Site:
+        mark, shape = self.lineage.of(x), tuple(x.shape)
+        return Site(
+            found.name,
+            self._counts[found.name],
+            shape,
+            _per_statistic(found, shape),
+            _dtype(x),
+            mark.axis,
+            mark.norm or "",
+            mark.dropout,
+        )
+
+    def _leave(self, module: Module, args: Any, output: Any = None) -> None:
         if self._stack:
             self._stack.pop()
         if id(module) in self._known:
             self._inside -= 1
+        found = self._norms.get(id(module))
+        self.lineage.module(module, None if found is None else found.name, args, output)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -168,8 +203,42 @@ class Tracer(TorchFunctionMode):
             key, place = _FLAG.get(name, ("", 0))
             flag = kwargs.get(key, args[place] if key and len(args) > place else False)
             batch = name == "batch_norm" and bool(flag)
-            self.calls.append(FunctionalCall(name, self._stack[-1] if self._stack else "", batch))
-        return function(*args, **kwargs)
+            owner = next((self._buffers[id(v)] for v in (*args, *kwargs.values()) if id(v) in self._buffers), None)
+            self.calls.append(FunctionalCall(name, self._stack[-1] if self._stack else "", batch, owner))
+        output = function(*args, **kwargs)
+        self.lineage.function(function, (*args, *kwargs.values()), output)
+        return output
+
+
+def exported(model: Module) -> tuple[str, ...] | None:
+    """The batch normalizations that an exported graph computes in training mode; None for a model that is no graph."""
+    if isinstance(model, torch.jit.ScriptModule):
+        graph = getattr(model, "inlined_graph", None)
+        return None if graph is None else tuple(_scripted(graph))
+    if not isinstance(model, torch.fx.GraphModule):
+        return None
+    return tuple(node.name for node in model.graph.nodes if node.op == "call_function" and _trains(node))
+
+
+# Where the operators keep the flag, and those that know no other mode.
+_OPERATORS = {"batch_norm": 5, "native_batch_norm": 5, "_native_batch_norm_legit": 5, "cudnn_batch_norm": 5}
+_ALWAYS = ("_native_batch_norm_legit_functional", "_batch_norm_with_update", "_batch_norm_with_update_functional")
+
+
+def _trains(node: torch.fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "").split(".")[0]
+    place = _OPERATORS.get(name)
+    if place is None:
+        return name in _ALWAYS
+    flag = node.kwargs.get("training", node.kwargs.get("train", node.args[place] if len(node.args) > place else False))
+    return flag is True
+
+
+def _scripted(graph: Any) -> Iterator[str]:
+    for node in graph.findAllNodes("aten::batch_norm", recurse=True):
+        flag = list(node.inputs())[5].toIValue()
+        if flag is True:
+            yield node.scopeName() or node.kind()
 
 
 def _per_statistic(found: Found, shape: tuple[int, ...]) -> float:
@@ -201,7 +270,7 @@ def fed_frozen(patient: Patient, batch: Batch) -> dict[str, bool]:
 
     handles = [f.module.register_forward_pre_hook(hook(f.name), with_kwargs=True) for f in patient.trackers]
     try:
-        patient.model.eval()
+        switch(patient.model)
         # Few, because activations are kept: hooks that forget them would outlive an interrupt and spoil every backward.
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             feed(patient.model, few_of(batch).fresh(patient.device), patient.forward)
@@ -213,10 +282,25 @@ def fed_frozen(patient: Patient, batch: Batch) -> dict[str, bool]:
     return fed
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output, widened."""
+def constant_is_finite(module: Module, site: Site, device: torch.device | None) -> bool | None:
+    """Whether a normalizer gives finite numbers for an input without variance, in the dtype in which it is called."""
+    x = torch.full((min(site.shape[0], 2), *site.shape[1:]), 3.3, dtype=getattr(torch, site.dtype), device=device)
+    try:
+        output = module(x)
+    except Exception:
+        return None
+    return all(bool(torch.isfinite(t).all()) for t in tensors_of(output))
+
+
+def raw_tensors_of(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output."""
     leaves = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-    return [leaf.detach().double() for leaf in leaves if leaf.is_floating_point()]
+    return [leaf.detach() for leaf in leaves if leaf.is_floating_point()]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The same, widened."""
+    return [leaf.double() for leaf in raw_tensors_of(output)]
 
 
 def difference(a: Any, b: Any) -> float | None:

@@ -53,6 +53,44 @@ class Thresholds:
     design_warning: float = _because(1.3, "design effect; shuffled loaders stay within 0.89–1.11")
     design_error: float = _because(2.0, "design effect; the effective batch is halved")
     design_p: float = _because(0.005, "of regrouping the same samples at random")
+    bessel_values: float = _because(10.0, "values per statistic; n/(n − 1) is then 11 % of the variance or more")
+    population_share: float = _because(
+        0.2, "of the variance lies between calls; pooled it grows by a quarter and each call is 0.45 σ off"
+    )
+    population_ratio: float = _because(
+        2.0, "largest over smallest variance of the calls; 1.4 in scale, twice the drift's"
+    )
+    padding: float = _because(0.01, "relative change of an output by padding; rounding stays below 1e-5")
+    dominated: float = _because(
+        0.5, "of a batch's channels with most of their variance from one sample; heavy tails hit each another"
+    )
+    last_shift: float = _because(
+        0.05, "σ by which an incomplete last batch moves an average; 4 samples at momentum 0.1"
+    )
+    dead_share: float = _because(0.05, "of a layer's channels; below this no pruning pays")
+    dead_warning: float = _because(
+        0.2, "of a layer's channels put out nothing but 0 for any sample; healthy ones lose few"
+    )
+    constant_times: float = _because(100.0, "data variance over running variance in a channel held for constant")
+    dropout_ratio: float = _because(
+        1.25, "running over evaluation variance; dropout 0.5 after a ReLU makes it 2.5, 0.05 makes it 1.1"
+    )
+    eps_times: float = _because(10.0, "ε; below, the scale changes by 5 % or more with ε")
+    eps_share: float = _because(0.05, "of a layer's channels with so small a variance")
+    gamma_zero: float = _because(1e-3, "of the largest |γ|; below, a channel is switched off")
+    overflow: float = _because(16384.0, "largest input in float16, two bits below its end at 65504")
+    cancellation_float32: float = _because(1e3, "|mean|/σ; rounding of the input then reaches 1e-4 σ and more")
+    cancellation_float16: float = _because(200.0, "|mean|/σ; rounding of the input reaches 0.1 σ")
+    cancellation_bfloat16: float = _because(25.0, "|mean|/σ; rounding of the input reaches 0.1 σ")
+    span: float = _because(1e6, "largest over smallest variance of a layer; usually an input that was not scaled")
+    span_variance: float = _because(1e5, "running variance; the same in absolute terms")
+    half_stall: float = _because(65504.0, "a running variance in float16 ends here and is infinite beyond")
+    rank_spread: float = _because(0.1, "σ between ranks; twice the jitter of a healthy average")
+    conversion: float = _because(1e-4, "relative change of the output by a conversion that claims to keep it")
+    eps_scale: float = _because(0.01, "relative change of the output's scale by another ε, median over channels")
+    fold_range: float = _because(30.0, "largest over median range; of 8 bits the median channel keeps 3")
+    cost_share: float = _because(0.03, "of a training step; less is not worth an edit")
+    cost_noise: float = _because(0.2, "interquartile range of a step; a busy machine times nothing")
     follows: float = _because(0.99, "correlation of the parameters at which one model follows another")
     random_output: float = _because(1e-3, "relative difference of two evaluations; atomics and threads stay near 1e-6")
     explained: float = _because(0.9, "share of the gap at which the search for layers stops")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,22 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from normscope.doctor.cache import Batch, regroup
-from normscope.doctor.measurements import Dependence, Layer, Mutation, Reference, RoundTrip, Steps
+from normscope.doctor.measurements import (
+    Array,
+    Change,
+    Dependence,
+    Layer,
+    Mutation,
+    Optimized,
+    Reference,
+    RoundTrip,
+    Steps,
+)
 from normscope.doctor.patient import Patient
 from normscope.doctor.scan import difference, layers_of
-from normscope.surgery import Snapshot, feed, find, quiet
+from normscope.surgery import Snapshot, feed, find, quiet, switch
 
-__all__ = ["dependence", "evaluate_once", "input_of", "reference_facts", "round_trip", "take_steps"]
+__all__ = ["dependence", "evaluate_once", "input_of", "optimized", "reference_facts", "round_trip", "take_steps"]
 
 STEPS = 3
 # Samples that are also looked at alone.
@@ -35,10 +47,7 @@ def take_steps(
     except Exception as error:
         return Steps(problem=f"model and optimizer cannot be copied: {type(error).__name__}: {error}")
     before = _statistics(twin)
-    trained: set[str] = set()
-    for found in find(twin):
-        if not isinstance(found.module, torch.jit.ScriptModule):
-            found.module.register_forward_pre_hook(_note_mode(found.name, trained))
+    watch = _StepWatch(twin, twin_optimizer)
     batches = list(itertools.islice(itertools.cycle(batches), STEPS))
     for done, batch in enumerate(batches):
         try:
@@ -48,15 +57,76 @@ def take_steps(
     after = _statistics(twin)
     moved = {name: _moved(before[name], after[name]) for name in before if name in after}
     updates = {name: (after[name][2] - before[name][2]) / STEPS for name in before if name in after}
-    return Steps(STEPS, moved, tuple(sorted(trained)), updates)
+    return Steps(
+        STEPS,
+        moved,
+        tuple(sorted(watch.trained)),
+        updates,
+        called=tuple(sorted(watch.called)),
+        learning=tuple(sorted(watch.learning)),
+        apart=tuple(sorted(watch.trained & (watch.called - watch.learning))),
+        forwards=watch.forwards / STEPS,
+        backwards=max(watch.backwards.values(), default=0) / STEPS,
+        optimizer=watch.steps if isinstance(twin_optimizer, torch.optim.Optimizer) else None,
+    )
 
 
-def _note_mode(name: str, trained: set[str]) -> Callable[[Module, Any], None]:
-    def note(module: Module, _: Any) -> None:
-        if module.training:
-            trained.add(name)
+class _StepWatch:
+    """Counts what happens in training steps on a copy, which is thrown away with its hooks."""
 
-    return note
+    def __init__(self, twin: Module, optimizer: Any) -> None:
+        self.trained: set[str] = set()
+        self.called: set[str] = set()
+        self.learning: set[str] = set()
+        self.forwards = self.steps = 0
+        self.backwards: collections.Counter[int] = collections.Counter()
+        for found in find(twin):
+            if not isinstance(found.module, torch.jit.ScriptModule):
+                found.module.register_forward_pre_hook(self._note(found.name))
+        if not isinstance(twin, torch.jit.ScriptModule):
+            twin.register_forward_pre_hook(self._forward)
+        for parameter in twin.parameters():
+            if parameter.requires_grad and parameter.is_leaf:
+                parameter.register_post_accumulate_grad_hook(self._backward)  # type: ignore[no-untyped-call]
+        if isinstance(optimizer, torch.optim.Optimizer):
+            optimizer.register_step_post_hook(self._step)
+
+    def _note(self, name: str) -> Callable[[Module, Any], None]:
+        def note(module: Module, _: Any) -> None:
+            self.called.add(name)
+            if module.training:
+                self.trained.add(name)
+            if torch.is_grad_enabled():
+                self.learning.add(name)
+
+        return note
+
+    def _forward(self, *_: Any) -> None:
+        self.forwards += 1
+
+    def _backward(self, parameter: Tensor) -> None:
+        self.backwards[id(parameter)] += 1
+
+    def _step(self, *_: Any) -> None:
+        self.steps += 1
+
+
+def optimized(model: Module, optimizer: Any) -> Optimized | None:
+    """What an optimizer does with γ and β; None for one that is unknown."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return None
+    decays = {id(p): (float(g.get("weight_decay", 0.0)), g.get("lr", 1.0)) for g in optimizer.param_groups
+              for p in g["params"]}  # fmt: skip
+    decayed, missing, most = [], [], 0.0
+    for f in find(model):
+        own = [p for p in f.module.parameters(recurse=False) if p.requires_grad]
+        decay = max((decays[id(p)][0] for p in own if id(p) in decays and decays[id(p)][1] != 0), default=0.0)
+        if decay > 0:
+            decayed.append(f.name)
+            most = max(most, decay)
+        if any(id(p) not in decays for p in own):
+            missing.append(f.name)
+    return Optimized(tuple(decayed), tuple(missing), most)
 
 
 def _statistics(model: Module) -> dict[str, tuple[Tensor, Tensor, float]]:
@@ -106,7 +176,7 @@ def round_trip(
         )
         with Snapshot(back), patient.evaluating():
             before, _ = patient.run(batch)
-            back.eval()
+            switch(back)
             after = feed(back, batch.fresh(patient.device), patient.forward)
             return RoundTrip(changed, difference(before, after))
     except Exception as error:
@@ -153,7 +223,7 @@ def dependence(patient: Patient, batch: Batch, predict: Callable[[Module, Any], 
         for module, _ in dropouts:
             module.p = 0.0
         if predict is None:
-            patient.model.eval()
+            switch(patient.model)
         return _compare(path, answer, size, used)
     except Exception as error:
         return Dependence(path, problem=f"{path} raised {type(error).__name__}: {error}")
@@ -221,23 +291,49 @@ def _change(whole: list[Tensor], part: list[Tensor], order: list[int], flips: li
 
 
 def reference_facts(model: Module, layers: tuple[Layer, ...], other: Module, others: tuple[Layer, ...]) -> Reference:
-    """How the other model's parameters and buffers relate to this one's; scores are added later."""
+    """How the other model's parameters, buffers and normalizers relate to this one's; scores are added later."""
     mine, theirs = ({bare(n): p for n, p in m.named_parameters()} for m in (model, other))
     shared = [n for n in mine if n in theirs and mine[n].shape == theirs[n].shape]
-    pairs = [(a, b) for a in layers for b in others if bare(a.name) == bare(b.name) and _alike(a, b)]
-    if not shared or not pairs:
+    same = [(a, b) for a in layers for b in others if bare(a.name) == bare(b.name)]
+    pairs = [(a, b) for a, b in same if _alike(a, b)]
+    here = {bare(layer.name) for layer in layers}
+    facts = Reference(
+        changes=tuple(change for a, b in same for change in _changes(a, b)),
+        gone=tuple(b.name for b in others if bare(b.name) not in here),
+        folded=all(n in theirs or n.endswith("bias") for n in mine),
+    )
+    if not shared or not (pairs or facts.gone or facts.changes):
         return Reference(problem="the reference has no parameters and normalizers of the same names and shapes")
-    names = tuple(a.name for a, _ in pairs)
-    return Reference(
+    return dataclasses.replace(
+        facts,
         follows=_correlation([mine[n] for n in shared], [theirs[n] for n in shared]),
         same_weights=all(torch.equal(mine[n].detach().cpu(), theirs[n].detach().cpu()) for n in shared),
-        matched=names,
+        matched=tuple(a.name for a, _ in pairs),
         equal=tuple(a.name for a, b in pairs if _equal(a, b)),
         initial=tuple(a.name for a, b in pairs if is_initial(a) and not is_initial(b)),
         initial_there=tuple(a.name for a, b in pairs if is_initial(b) and not is_initial(a)),
         older=tuple(a.name for a, b in pairs if (a.seen or 0) < (b.seen or 0)),
         older_there=tuple(a.name for a, b in pairs if (b.seen or 0) < (a.seen or 0)),
     )
+
+
+def _changes(a: Layer, b: Layer) -> Iterator[Change]:
+    """Attributes in which two normalizers of one name differ."""
+    if a.kind != b.kind:
+        yield Change(a.name, "class", a.cls, b.cls)
+    if a.eps != b.eps:
+        yield Change(a.name, "eps", f"{a.eps:g}", f"{b.eps:g}", _scale(a.var, a.eps, b.eps))
+    if a.momentum != b.momentum:
+        yield Change(a.name, "momentum", str(a.momentum), str(b.momentum))
+    if a.training != b.training:
+        yield Change(a.name, "training", str(a.training), str(b.training))
+
+
+def _scale(var: Array | None, here: float, there: float) -> float:
+    """The relative change of the output's scale, median over channels; by ε alone where there is no variance."""
+    if var is None or not np.isfinite(var).all():
+        return 0.0
+    return float(np.median(np.abs(np.sqrt((var + there) / np.maximum(var + here, 1e-300)) - 1)))
 
 
 def bare(name: str) -> str:

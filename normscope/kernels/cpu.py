@@ -40,7 +40,7 @@ __all__ = [
 _TABLE = "relu relu6 leaky_relu elu silu gelu gelu_tanh mish sigmoid tanh hardswish hardsigmoid"
 FUSED: dict[str | None, int] = {None: 0} | {name: number for number, name in enumerate(_TABLE.split(), 1)}
 
-# Runs inside S that are shorter are columns of an across loop, folded into their sets. In cache, ns per 16 cells forward
+# Shorter runs inside S are columns of an across loop, folded into their sets. In cache, ns per 16 cells forward
 # + backward as columns and along: 7×7 maps 14 and 26, 10×10 12 and 16, 14×14 14 and 11 with AVX-512, whose masks make
 # the ragged end of a run cheap; without them 16×16.
 SHORT_RUN = {"avx512": 128, "avx2": 256, "baseline": 256}

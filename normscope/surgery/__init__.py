@@ -6,13 +6,13 @@ bit. Every edit happens wholly or not at all, in place or on a copy, and returns
 
 from normscope.surgery.accelerate import accelerate, to_torch
 from normscope.surgery.find import Call, Found, find, paths, trace
-from normscope.surgery.forward import feed, quiet
+from normscope.surgery.forward import feed, quiet, switch
 from normscope.surgery.freeze import freeze, is_frozen, unfreeze
 from normscope.surgery.operation import Draft, Surgery, operate
 from normscope.surgery.policy import pause_statistics, provisional_statistics
 from normscope.surgery.prove import Proof
 from normscope.surgery.recalibrate import recalibrate
-from normscope.surgery.remedies import absorb_bias, copy_buffers, keep_float32, set_eps, set_momentum
+from normscope.surgery.remedies import absorb_bias, copy_buffers, fed_by, keep_float32, set_eps, set_momentum
 from normscope.surgery.replace import adopt, exchange, obstacle, replace
 from normscope.surgery.state import Snapshot, reach, state_hash
 from normscope.surgery.synchronize import desynchronize, synchronize
@@ -32,6 +32,7 @@ __all__ = [
     "copy_buffers",
     "desynchronize",
     "exchange",
+    "fed_by",
     "feed",
     "find",
     "freeze",
@@ -49,6 +50,7 @@ __all__ = [
     "set_eps",
     "set_momentum",
     "state_hash",
+    "switch",
     "synchronize",
     "to_torch",
     "trace",

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from normscope.errors import ArgumentError
 
-__all__ = ["Forward", "feed", "quiet"]
+__all__ = ["Forward", "feed", "quiet", "switch"]
 
 Forward = Callable[[Module, Any], Any]
 
@@ -56,6 +56,12 @@ def _named(model: Module, batch: dict[Any, Any]) -> dict[str, Any]:
     parameters = inspect.signature(target.forward).parameters.values()
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return {key: value for key, value in batch.items() if key in names}
+
+
+def switch(model: Module, training: bool = False) -> None:
+    """Evaluation or training mode; a graph of torch.export has its mode built in and refuses both."""
+    with contextlib.suppress(NotImplementedError):
+        model.train(training)
 
 
 @contextlib.contextmanager

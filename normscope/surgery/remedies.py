@@ -21,7 +21,7 @@ from normscope.surgery.prove import Proof
 from normscope.surgery.state import Snapshot
 from normscope.surgery.traits import Trait, add_trait, has_trait
 
-__all__ = ["Float32", "absorb_bias", "copy_buffers", "keep_float32", "set_eps", "set_momentum"]
+__all__ = ["Float32", "absorb_bias", "copy_buffers", "fed_by", "keep_float32", "set_eps", "set_momentum"]
 
 
 def set_momentum(model: Module, momentum: float | None, *, select: Select = None, copy: bool = False) -> Surgery:
@@ -262,21 +262,46 @@ def absorb_bias(
     """
 
     def edit(draft: Draft) -> None:
-        names = {id(module): found for module, found in paths(draft.model)}
-        norms = [f for f in find(draft.model, select) if f.kind in ("BatchNorm", "InstanceNorm")]
-        flow = _follow(draft.model, example, forward)
-        for norm in norms:
-            source = flow.source(norm.module)
-            if source is None or source._parameters.get("bias") is None:
+        for norm, source, reason in fed_by(draft.model, example, forward=forward, select=select):
+            linear = draft.model.get_submodule(source)
+            if linear._parameters.get("bias") is None:
                 continue
-            reason = _keeps_bias(draft.model, source, flow)
-            if reason is not None:
-                draft.skip(names[id(source)][0], reason)
+            if reason:
+                draft.skip(source, reason)
                 continue
-            _absorb(source, norm.module, drop)
-            draft.change(names[id(source)][0])
+            _absorb(linear, draft.model.get_submodule(norm), drop)
+            draft.change(source)
 
     return operate("absorb_bias", model, edit, copy=copy, proof=Proof(example, forward, double=True))
+
+
+def fed_by(
+    model: Module, example: Any, *, forward: Forward | None = None, select: Select = None
+) -> tuple[tuple[str, str, str], ...]:
+    """Which linear layer or convolution feeds which BatchNorm or InstanceNorm, as one forward shows it.
+
+    Args:
+        model: The model.
+        example: A batch as the loader yields it.
+        forward: `forward(model, batch)`; see `recalibrate`.
+        select: Which normalizers; see `freeze`.
+
+    Returns:
+        (normalizer, layer before it, why its bias cannot go or "").
+
+    Example:
+        >>> import torch
+        >>> fed_by(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)), torch.randn(8, 2))
+        (('1', '0', ''),)
+    """
+    names = {id(module): found for module, found in paths(model)}
+    flow = _follow(model, example, forward)
+    pairs = []
+    for norm in find(model, select):
+        source = flow.source(norm.module) if norm.kind in ("BatchNorm", "InstanceNorm") else None
+        if source is not None:
+            pairs.append((norm.name, names[id(source)][0], _keeps_bias(model, source, flow) or ""))
+    return tuple(pairs)
 
 
 @dataclass
@@ -368,12 +393,15 @@ def _follow(model: Module, example: Any, forward: Forward | None) -> _Flow:
 
 
 def _keeps_bias(model: Module, source: Module, flow: _Flow) -> str | None:
-    bias = source._parameters["bias"]
+    bias = source._parameters.get("bias")
     if id(source) in flow.elsewhere:
         return "its output is used elsewhere, too"
     if len(flow.feeds[id(source)]) != 1:
         return "it feeds several normalizers"
-    if sum(bias is other for module, _ in paths(model) for other in module._parameters.values()) > 1:
+    if (
+        bias is not None
+        and sum(bias is other for module, _ in paths(model) for other in module._parameters.values()) > 1
+    ):
         return "its bias is shared"
     return "its parameters are parametrized" if parametrize.is_parametrized(source) else None
 

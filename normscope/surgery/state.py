@@ -356,10 +356,13 @@ class _Modes:
 
     def __init__(self) -> None:
         self.gradients = torch.is_grad_enabled()
+        self.functions = torch._C._len_torch_function_stack()
         self.stance = self._compiler("_stance")
 
     def restore(self) -> None:
         torch.set_grad_enabled(self.gradients)
+        while torch._C._len_torch_function_stack() > self.functions:
+            torch._C._pop_torch_function_stack()
         if self._compiler("_stance") != self.stance:
             self._compiler("_set_stance")(self.stance or self._compiler("DynamoStance")())
 

@@ -954,8 +954,8 @@ def with_more_in_c(report, kind, seed):
 
 
 def related(code, rule, found):
-    """Whether one explains the other."""
-    return rule in chain(code, found) or code in chain(rule, found)
+    """Whether one explains the other, or a third both."""
+    return bool({code, *chain(code, found)} & {rule, *chain(rule, found)})
 
 
 def chain(code, found):

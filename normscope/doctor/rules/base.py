@@ -59,6 +59,7 @@ class Rule:
         judge: The function.
         causes: Codes of the rules whose findings explain this one's.
         intents: Declared intentions under which it is no trouble.
+        uses: Declared uses of the model that only this rule asks about.
     """
 
     code: str
@@ -66,6 +67,7 @@ class Rule:
     judge: Judge
     causes: tuple[str, ...] = ()
     intents: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
 
     @property
     def page(self) -> str:
@@ -76,7 +78,9 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(code: str, name: str, *, causes: Iterable[str] = (), intents: Iterable[str] = ()) -> Callable[[Judge], Judge]:
+def rule(
+    code: str, name: str, *, causes: Iterable[str] = (), intents: Iterable[str] = (), uses: Iterable[str] = ()
+) -> Callable[[Judge], Judge]:
     """Register the decorated function as a rule."""
     if not CODE.fullmatch(code):
         raise ArgumentError(f"{code!r} is no rule code", cure="NRM and three digits")
@@ -84,7 +88,7 @@ def rule(code: str, name: str, *, causes: Iterable[str] = (), intents: Iterable[
         raise ArgumentError(f"{code} is registered twice", cure="codes are never used again; take a free one")
 
     def register(judge: Judge) -> Judge:
-        RULES[code] = Rule(code, name, judge, tuple(causes), tuple(intents))
+        RULES[code] = Rule(code, name, judge, tuple(causes), tuple(intents), tuple(uses))
         return judge
 
     return register

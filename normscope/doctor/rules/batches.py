@@ -168,3 +168,99 @@ def grouped(m: Measurements, t: Thresholds) -> Judgement:
             "W", f"{reason}, and running statistics are off", names, facts, m.recalibrated, ("shuffle", "recal")
         )
     return alarm("I", f"{reason}; harmless in evaluation mode", names, facts, None, ("shuffle",))
+
+
+@rule("NRM303", "last-batch-outlier", causes=("NRM301",), intents=("bn-frozen-throughout",))
+def last_outlier(m: Measurements, t: Thresholds) -> Judgement:
+    """A small last batch has the last word in the running averages of every epoch.
+
+    What it measures: the samples in the last batch, b, and its shift of the average, momentum/√b in σ.
+    Why it hurts: the newest batch weighs most, and evaluation follows right behind it.
+    Threshold: 0.05 σ, which is 4 samples at momentum 0.1; large maps count as more samples.
+    Evidence: b, the shift.
+    Fixes: drop-last [S3]; recal [S1].
+    Intentional when: `bn-frozen-throughout`: statistics do not move.
+    Known false alarms: a model in evaluation mode is silent.
+    Fixture: defect: 66 samples in batches of 64; near-miss: a rest of 48.
+    """
+    layers = {x.name: x for x in m.layers if x.name in _training_layers(m) and x.kind == "BatchNorm" and x.momentum}
+    if not layers:
+        return unfit("no normalizer averages in training mode")
+    last = _last_batch(m)
+    if last is None:
+        return fine("there is no incomplete last batch, or it is not known")
+    shifts = {}
+    for name, layer in layers.items():
+        known = m.own.get(name)
+        # σ of a batch mean, from batches as they are: pixels of one sample count as far as they differ.
+        one = np.sqrt(m.batch_size / _effective(known)) if known is not None and len(known.means) > 2 else 1.0
+        shifts[name] = (layer.momentum or 0.0) * float(min(one, 1.0)) / np.sqrt(last)
+    names = sorted((n for n in shifts if shifts[n] >= t.last_shift), key=lambda n: -shifts[n])
+    facts = {"last batch": float(last), "shift in σ": max(shifts.values())}
+    if not names:
+        return fine(f"the last batch of {last} moves the averages little", facts)
+    reason = (
+        f"the last batch has {last} samples and moves running means by {max(shifts.values()):.2g} σ: {short(names)}"
+    )
+    return alarm("W", reason, names, facts, None, ("drop-last", "recal"))
+
+
+@rule("NRM305", "padding-in-statistics")
+def padding(m: Measurements, t: Thresholds) -> Judgement:
+    """Positions that only fill up a batch enter the statistics.
+
+    What it measures: padded positions, by a mask in the batch or by equal tails; for every normalizer over positions,
+    how much its output at the other positions changes without them; for those without batch axis, what the model loses
+    on samples in a padded batch against the same samples alone.
+    Why it hurts: the answer about a sample depends on how long its batch mates are: 22.6 % word errors alone, 35 % in
+    a batch (fairseq#3227).
+    Threshold: 1 % of the output; where the score could be compared, its loss.
+    Evidence: the share of padding, the change by layer, the loss.
+    Fixes: mask [S3]; bucket [S3].
+    Intentional when: never.
+    Known false alarms: LayerNorm over features alone does not see positions; signals that really end in zeros.
+    Fixture: defect: sequences of 4 to 16 positions filled up with 0; near-miss: equal lengths.
+    """
+    if not any(len(site.shape) == 3 for site in m.sites):
+        return unfit("no normalizer gets sequences")
+    if m.padding is None:
+        return fine("no padding was found, by a mask or by equal tails")
+    changed = {n: c for n, c in m.padding.changes.items() if c > t.padding}
+    trained = {n for n in changed if m.layer(n).kind != "BatchNorm" or m.layer(n).training}
+    facts: dict[str, float | str] = {"share of padding": m.padding.share, "known by": m.padding.known}
+    if not changed:
+        return fine("padding does not change what normalizers put out", facts)
+    names = sorted(changed, key=lambda n: -changed[n])
+    facts["largest change"] = changed[names[0]]
+    reason = f"{m.padding.share:.0%} of the positions are padding and change the output of {short(names)}"
+    felt = m.padding.effect
+    if felt.grade is not None:
+        return alarm(felt.grade, f"{reason} by {changed[names[0]]:.0%}", names, facts, felt, ("mask", "bucket"))
+    grade: Grade = "W" if trained else "I"
+    return alarm(grade, f"{reason} by {changed[names[0]]:.0%}", names, facts, None, ("mask", "bucket"))
+
+
+@rule("NRM306", "one-sample-dominates")
+def dominated(m: Measurements, t: Thresholds) -> Judgement:
+    """One sample has most of a batch's variance.
+
+    What it measures: in how many channels of a batch one and the same sample has more than half of the variance.
+    Why it hurts: an outlier flattens all others of its batch and moves the running variance for long.
+    Threshold: half of the channels, in batches of 8 samples or more; heavy tails hit another sample in every channel.
+    Evidence: the share of channels, which batch and sample.
+    Fixes: inspect-sample [S3].
+    Intentional when: never.
+    Known false alarms: layers of fewer than 4 channels are left out.
+    Fixture: defect: one image × 100; near-miss: inputs with Student's tails.
+    """
+    if not m.seen:
+        return unfit("no normalizer with running statistics was reached")
+    high = {n: x for n, x in m.seen.items() if x.dominated > t.dominated}
+    if not high:
+        return fine("no sample dominates", {"largest share of channels": max(x.dominated for x in m.seen.values())})
+    names = sorted(high, key=lambda n: -high[n].dominated)
+    worst = high[names[0]]
+    facts: dict[str, float | str] = {"share of channels": worst.dominated, "sample": worst.culprit}
+    where = f"{worst.dominated:.0%} of the channels of {short(names)}"
+    reason = f"{worst.culprit} of split A has most of the variance in {where}"
+    return alarm("W" if m.trains else "I", reason, names, facts, None, ("inspect-sample",))

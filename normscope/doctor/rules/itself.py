@@ -9,7 +9,56 @@ from normscope.doctor.thresholds import Thresholds
 __all__: list[str] = []
 
 
-@rule("NRM901", "layer-not-reached")
+@rule("NRM900", "unknown-norm-class")
+def unknown(m: Measurements, _: Thresholds) -> Judgement:
+    """Classes that look like normalizers and are none that is known here.
+
+    What it measures: modules with state of their own whose class has "norm" in its name, or that hold running
+    statistics, and that derive from no known normalizer.
+    Why it hurts: only their buffers and calls are looked at; a passed check says less there.
+    Threshold: exact; information.
+    Evidence: the classes.
+    Fixes: see-list [S3].
+    Intentional when: normalizers of one's own.
+    Known false alarms: a class named so that does something else.
+    Fixture: defect: a normalizer written by hand; near-miss: a subclass of torch's.
+    """
+    if not m.layers:
+        return unfit("the model has no normalizers")
+    odd = [x for x in m.layers if x.kind == "custom"]
+    if not odd:
+        return fine("every normalizer is of a known class")
+    classes = sorted({x.cls for x in odd})
+    facts: dict[str, float | str] = {"layers": float(len(odd)), "classes": ", ".join(classes)}
+    reason = f"{len(odd)} normalizers are of classes unknown here: {short(classes)}"
+    return alarm("I", reason, [x.name for x in odd], facts, None, ("see-list",))
+
+
+@rule("NRM905", "hooks-bypassed")
+def bypassed(m: Measurements, _: Thresholds) -> Judgement:
+    """Normalizers that run where hooks do not see them.
+
+    What it measures: normalization functions that use a normalizer's buffers outside of its call, and normalizers that
+    TorchScript has compiled.
+    Why it hurts: their inputs were not measured; a passed check says nothing there (fastai#2850).
+    Threshold: exact; information.
+    Evidence: the layers.
+    Fixes: call-modules [S3].
+    Intentional when: compiled for inference.
+    Known false alarms: none. Models of torch.compile are run step by step and seen.
+    Fixture: defect: self.norm.forward(x); near-miss: self.norm(x).
+    """
+    if not m.layers:
+        return unfit("the model has no normalizers")
+    names = [x.name for x in m.layers if x.script]
+    names += [c.bypassed for c in m.functional if c.bypassed is not None and c.bypassed not in names]
+    if not names:
+        return fine("hooks see every normalizer that runs")
+    reason = f"{len(names)} normalizers run where hooks do not see them: {short(names)}"
+    return alarm("I", reason, names, {"layers": float(len(names))}, None, ("call-modules",))
+
+
+@rule("NRM901", "layer-not-reached", causes=("NRM409", "NRM905"))
 def not_reached(m: Measurements, _: Thresholds) -> Judgement:
     """Normalizers that this loader and forward never call.
 

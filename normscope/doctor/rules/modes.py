@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from normscope.doctor.measurements import Grade, Measurements
+from normscope.doctor.measurements import Grade, Layer, Measurements
 from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, short, unfit
 from normscope.doctor.thresholds import Thresholds
+from normscope.doctor.user import is_initial
 
 __all__: list[str] = []
 
@@ -210,3 +211,153 @@ def no_statistics(m: Measurements, _: Thresholds) -> Judgement:
     facts = {"layers": float(len(names)), "functional calls": float(len(bad))}
     remedies = ("give-statistics", "replace-norm") if names else ("functional-batch-norm",)
     return alarm("W", reason, where, facts, m.predicted, remedies)
+
+
+@rule("NRM202", "norm-in-eval-while-training", intents=("bn-frozen-throughout",))
+def evaluates_in_training(m: Measurements, _: Thresholds) -> Judgement:
+    """Normalizers that learn stay in evaluation mode while the model trains.
+
+    What it measures: normalizers whose γ or β require a gradient, that are called with gradients in the training steps
+    and are in evaluation mode in all of them.
+    Why it hurts: `from_pretrained` returns a model in evaluation mode, and a loop without train() leaves it there:
+    dropout is off, statistics stand still (pytorch-lightning#19820).
+    Threshold: exact; an error where recalibrated statistics gain as much.
+    Evidence: the layers, the gain.
+    Fixes: train-mode [S3]; recal [S1] afterwards.
+    Intentional when: `bn-frozen-throughout`: statistics of the pretraining are kept on purpose.
+    Known false alarms: frozen classes and normalizers frozen for good are silent.
+    Fixture: defect: eval() and a loop without train(); near-miss: frozen normalizers.
+    """
+    if m.steps is None:
+        return absent("train_step=: the body of your training loop")
+    if m.steps.problem:
+        return failed(m.steps.problem)
+    layers = [x for x in m.layers if x.running and x.learns and not x.held and x.name in m.steps.learning]
+    if not layers:
+        return unfit("no normalizer that learns was called in training")
+    names = [x.name for x in layers if x.name not in m.steps.trained]
+    if not names:
+        return fine("normalizers that learn are in training mode")
+    drifted = m.recalibrated.harmful and any(m.drift[n].beyond for n in names if n in m.drift)
+    grade: Grade = "E" if drifted and m.recalibrated.grade == "E" else "W"
+    reason = f"γ and β learn and statistics stand still in {len(names)} normalizers: {short(names)}"
+    cost = m.recalibrated if drifted else None
+    return alarm(grade, reason, names, {"layers": float(len(names))}, cost, ("train-mode", "recal"))
+
+
+@rule("NRM206", "frozen-at-init", intents=("caffe-folded-frozenbn",))
+def frozen_at_init(m: Measurements, _: Thresholds) -> Judgement:
+    """Frozen normalizers that hold what their constructor wrote.
+
+    What it measures: normalizers that are frozen by class or for good, with mean 0, variance 1, γ = 1 and β = 0 in
+    every channel, in a model that learns.
+    Why it hurts: a detector trained from scratch with frozen normalizers has none: they compute nothing (vision#5443).
+    Threshold: exact.
+    Evidence: the layers.
+    Fixes: live-norms [S3]; recal-freeze [S1].
+    Intentional when: `caffe-folded-frozenbn`.
+    Known false alarms: folded statistics whose γ and β hold the scale are silent.
+    Fixture: defect: frozen classes without pretrained weights; near-miss: identity statistics with γ and β.
+    """
+    frozen = [x for x in m.layers if x.held and x.mean is not None and x.var is not None]
+    if not frozen:
+        return unfit("no normalizer with running statistics is frozen")
+    names = [x.name for x in frozen if _does_nothing(x)]
+    if not names:
+        return fine("frozen normalizers hold statistics or γ and β")
+    if not m.learns:
+        return fine("nothing learns")
+    grade: Grade = m.recalibrated.grade or "W"
+    reason = f"{len(names)} frozen normalizers hold mean 0, variance 1, γ = 1 and β = 0: {short(names)}"
+    facts = {"layers": float(len(names))}
+    return alarm(grade, reason, names, facts, m.recalibrated, ("live-norms", "recal-freeze"))
+
+
+def _does_nothing(x: Layer) -> bool:
+    one = x.weight is None or bool((x.weight == 1).all())
+    return is_initial(x) and one and (x.bias is None or not x.bias.any())
+
+
+@rule("NRM207", "mixed-modes")
+def mixed_modes(m: Measurements, _: Thresholds) -> Judgement:
+    """Some normalizers are in training mode and some in evaluation mode.
+
+    What it measures: the modes of normalizers with running statistics, those frozen for good aside.
+    Why it hurts: by itself it does not: partial fine-tuning looks so. It is the state behind NRM202 to 204.
+    Threshold: both modes; information.
+    Evidence: how many are in which mode.
+    Fixes: freeze [S1], which says what is meant.
+    Intentional when: a part is frozen.
+    Known false alarms: none; it is information.
+    Fixture: defect: eval() on half of the layers; near-miss: half of them frozen for good.
+    """
+    layers = [x for x in m.layers if x.running and x.kind in _TRACKING]
+    if not layers:
+        return unfit("no normalizer keeps running statistics")
+    live = [x for x in layers if not x.held]
+    counts = {
+        "training": float(sum(x.training for x in live)),
+        "evaluation": float(sum(not x.training for x in live)),
+        "frozen": float(len(layers) - len(live)),
+    }
+    names = [x.name for x in live if not x.training]
+    if not counts["training"] or not names:
+        return fine("all normalizers are in one mode", counts)
+    reason = f"{counts['training']:.0f} normalizers train and {len(names)} evaluate: {short(names)}"
+    return alarm("I", reason, names, counts, None, ("freeze",))
+
+
+@rule("NRM209", "instance-norm-with-running-stats", intents=("instance-running-stats",))
+def instance_running(m: Measurements, _: Thresholds) -> Judgement:
+    """InstanceNorm that evaluates by running statistics.
+
+    What it measures: InstanceNorm with track_running_stats; what evaluation costs against the instances' own
+    statistics, with which it was trained.
+    Why it hurts: in evaluation it is a BatchNorm: contrast and style of an instance are no longer taken out
+    (CycleGAN#395, pytorch#58843).
+    Threshold: exact; the severity is the measured cost, where there is one.
+    Evidence: the layers, the cost.
+    Fixes: own-statistics [S1].
+    Intentional when: `instance-running-stats`: a benchmark that trained and evaluated so.
+    Known false alarms: without a measured cost it is information.
+    Fixture: defect: track_running_stats=True; near-miss: the same declared, or without.
+    """
+    layers = [x for x in m.layers if x.kind == "InstanceNorm"]
+    if not layers:
+        return unfit("no InstanceNorm")
+    names = [x.name for x in layers if x.running and x.tracks]
+    if not names:
+        return fine("InstanceNorm normalizes every instance by itself")
+    only = all(x.kind == "InstanceNorm" for x in m.layers if x.running)
+    felt = m.batch if only else None
+    grade: Grade = "W" if felt is None or felt.grade is None else felt.grade
+    reason = f"InstanceNorm evaluates by running statistics in {short(names)}"
+    return alarm(grade, reason, names, {"layers": float(len(names))}, felt, ("own-statistics",))
+
+
+@rule("NRM211", "reference-network-live", intents=("teacher-train-mode",))
+def live_reference(m: Measurements, _: Thresholds) -> Judgement:
+    """A part of the model never learns, and its statistics move: a teacher or target network in training mode.
+
+    What it measures: normalizers in training mode that the training steps call without gradients only, and whether
+    their buffers move.
+    Why it hurts: no_grad does not stop running statistics: the teacher drifts with the student's data
+    (unbiased-teacher#47).
+    Threshold: any movement is a warning; training mode alone is information.
+    Evidence: the layers, the movement in σ.
+    Fixes: eval-mode [S3]; freeze [S1].
+    Intentional when: `teacher-train-mode`: one distillation does better so (overhaul-distillation#37).
+    Known false alarms: activation checkpointing calls a part twice, once with gradients, and is silent.
+    Fixture: defect: a teacher under no_grad in training mode; near-miss: in evaluation mode.
+    """
+    if m.steps is None:
+        return absent("train_step=: the body of your training loop")
+    if m.steps.problem:
+        return failed(m.steps.problem)
+    apart = [x.name for x in m.layers if x.name in m.steps.apart and x.running]
+    if not apart:
+        return fine("every normalizer in training mode takes part in the gradient")
+    moved = [name for name in apart if m.steps.moved.get(name, 0.0) > 0]
+    facts = {"layers": float(len(apart)), "movement in σ": max((m.steps.moved[n] for n in moved), default=0.0)}
+    reason = f"called without gradients and in training mode: {short(moved or apart)}"
+    return alarm("W" if moved else "I", reason, moved or apart, facts, None, ("freeze", "eval-mode"))

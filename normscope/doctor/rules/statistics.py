@@ -9,6 +9,7 @@ import numpy as np
 from normscope.doctor import gates
 from normscope.doctor.measurements import Array, Drift, Layer, Measurements
 from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, lower, rule, short, unfit
+from normscope.doctor.suspects import jitter
 from normscope.doctor.thresholds import Thresholds
 from normscope.doctor.user import is_initial
 
@@ -105,7 +106,32 @@ def _trained(layer: Layer) -> bool:
 @rule(
     "NRM103",
     "stale-statistics",
-    causes=("NRM101", "NRM102", "NRM104", "NRM106", "NRM113", "NRM203", "NRM205", "NRM302", "NRM304", "NRM602"),
+    causes=(
+        "NRM101",
+        "NRM102",
+        "NRM104",
+        "NRM105",
+        "NRM106",
+        "NRM107",
+        "NRM108",
+        "NRM109",
+        "NRM112",
+        "NRM113",
+        "NRM202",
+        "NRM203",
+        "NRM205",
+        "NRM206",
+        "NRM209",
+        "NRM302",
+        "NRM304",
+        "NRM305",
+        "NRM405",
+        "NRM406",
+        "NRM506",
+        "NRM602",
+        "NRM606",
+        "NRM704",
+    ),
     intents=("tta-bn/adabn", "supernet", "recalibrating", "gan-batchstats-test", "bn-frozen-throughout"),
 )
 def stale(m: Measurements, t: Thresholds) -> Judgement:
@@ -254,12 +280,12 @@ def momentum(m: Measurements, t: Thresholds) -> Judgement:
     if not odd:
         return fine("every momentum is in torch's convention")
     names = [x.name for x in odd]
-    jitter = max((_jitter(x, m) for x in odd), default=0.0)
+    spread = max((jitter(x, m.seen.get(x.name)) for x in odd), default=0.0)
     drifted = m.recalibrated.harmful and any(m.drift[n].beyond for n in names if n in m.drift)
     still = any((x.momentum or 0.0) == 0 and x.training for x in odd)
-    serious = jitter >= t.jitter or drifted or still or any((x.momentum or 0.0) < 0 for x in odd)
+    serious = spread >= t.jitter or drifted or still or any((x.momentum or 0.0) < 0 for x in odd)
     value = odd[0].momentum or 0.0
-    facts = {"momentum": value, "1 − momentum": 1 - value, "predicted jitter in σ": jitter}
+    facts = {"momentum": value, "1 − momentum": 1 - value, "predicted jitter in σ": spread}
     reason = f"momentum {value:g} in {short(names)}; torch weighs the new batch, so that {1 - value:g} may be meant"
     # Only new statistics give back what the wrong momentum has cost; the right one keeps it from happening again.
     remedies = ("recal", "momentum") if m.recalibrated.harmful else ("momentum", "recal")
@@ -268,14 +294,6 @@ def momentum(m: Measurements, t: Thresholds) -> Judgement:
 
 def _frozen(layer: Layer) -> bool:
     return layer.learns is False and (not layer.training or layer.momentum == 0)
-
-
-def _jitter(layer: Layer, m: Measurements) -> float:
-    data = m.seen.get(layer.name)
-    if data is None or len(data.means) < 2 or layer.momentum is None or not 0 < layer.momentum <= 1:
-        return 0.0
-    spread = np.sqrt(layer.momentum / (2 - layer.momentum) * data.means.var(axis=0, ddof=1) / (data.var + layer.eps))
-    return float(np.median(spread))
 
 
 @rule("NRM113", "weights-changed-after-statistics", causes=("NRM602",), intents=("supernet",))
