@@ -21,11 +21,14 @@ from normscope.functional.normalize import Moments, moments, normalize, plan
 from normscope.kernels import backends
 from normscope.surgery import (
     accelerate,
+    adapt,
+    convert,
     desynchronize,
     freeze,
     pause_statistics,
     provisional_statistics,
     recalibrate,
+    split_statistics,
     synchronize,
     to_torch,
     unfreeze,
@@ -66,9 +69,11 @@ __all__ = [
     "UnhealthyError",
     "__version__",
     "accelerate",
+    "adapt",
     "assert_healthy",
     "backends",
     "check",
+    "convert",
     "desynchronize",
     "freeze",
     "functional",
@@ -82,6 +87,7 @@ __all__ = [
     "plan",
     "provisional_statistics",
     "recalibrate",
+    "split_statistics",
     "states",
     "synchronize",
     "to_torch",
@@ -96,6 +102,7 @@ _OF_THE_DOCTOR = (
     "UnhealthyError",
     "assert_healthy",
     "check",
+    "convert",
     "load",
 )
 

@@ -490,6 +490,108 @@ def compiled_in_one_graph():
         assert all(error(other, eager.detach().numpy()) < 1e-12 for other in others)
 
 
+# --- recalibrate ------------------------------------------------------------------------------------------------------
+
+
+def two_layers(build):
+    torch.manual_seed(1)
+    model = nn.Sequential(build(C), nn.Linear(4, 4), nn.Tanh(), build(C)).double()
+    for layer in (model[0], model[3]):
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+    return model
+
+
+def batches_of(counts):
+    """As many batches as a rank has in `counts`, of its own sizes; all ranks know them all."""
+    generator = torch.Generator().manual_seed(3)
+    drawn = [
+        [torch.randn(2 + k + r, C, 4, generator=generator, dtype=torch.float64) * (r + 1) + 10 * r for k in range(n)]
+        for r, n in enumerate(counts)
+    ]
+    return drawn[rank()], [x for own in drawn for x in own], drawn
+
+
+def pooled(xs):
+    values = np.concatenate([x.detach().numpy().transpose(1, 0, 2).reshape(C, -1) for x in xs], axis=1)
+    return values.mean(1), values.var(1, ddof=1)
+
+
+def by_batch(layer, x):
+    """One batch through the first three layers, by the definition."""
+    v = x.numpy()
+    n = (v - v.mean((0, 2), keepdims=True)) / np.sqrt(v.var((0, 2), keepdims=True) + 1e-5)
+    affine = layer[0].weight.detach().numpy()[:, None], layer[0].bias.detach().numpy()[:, None]
+    return torch.tanh(layer[1](torch.from_numpy(affine[0] * n + affine[1])))
+
+
+@check
+def recalibrated_by_count_on_uneven_ranks():
+    for estimator in ("population", "mean"):
+        own, everything, _ = batches_of((3, 1, 0, 2))
+        model = two_layers(nn.BatchNorm1d)
+        report = ns.recalibrate(model, own, estimator=estimator)
+        assert "6 batches of 4 ranks" in report.notes[0], report.notes
+        inputs = {0: everything, 3: [by_batch(model, x) for x in everything]}
+        for k, xs in inputs.items():
+            if estimator == "population":
+                mean, var = pooled(xs)
+            else:
+                mean, var = (np.mean([pooled([x])[i] for x in xs], axis=0) for i in (0, 1))
+            assert error(model[k].running_mean, mean) < 1e-12
+            assert error(model[k].running_var, var) < 1e-12
+            assert model[k].num_batches_tracked == 6
+        for buffer in model.buffers():
+            assert all(torch.equal(buffer, other) for other in everyone(buffer)), "ranks disagree"
+        # The averages of the ranks' own statistics are something else: ranks with many values would count too little.
+        if estimator == "population":
+            alone = two_layers(nn.BatchNorm1d)
+            if own:
+                ns.recalibrate(alone, own, group="own")
+            averaged = sum(everyone(alone[0].running_var)) / 4
+            assert error(averaged, pooled(everything)[1]) > 0.1
+
+
+@check
+def recalibrated_alone_where_asked():
+    own, _, _ = batches_of((1, 2, 1, 2))
+    model = two_layers(nn.BatchNorm1d)
+    if rank() < 2:  # the others do not even call it
+        ns.recalibrate(model, own, group="own")
+        assert error(model[0].running_mean, pooled(own)[0]) < 1e-12
+
+
+@check
+def recalibrated_with_synchronized_layers_and_uneven_ranks():
+    counts = (2, 3, 1, 1)
+    own, everything, drawn = batches_of(counts)
+    model = two_layers(SyncBatchNorm)
+    ns.recalibrate(model, own)
+    assert error(model[0].running_mean, pooled(everything)[0]) < 1e-12
+    assert error(model[0].running_var, pooled(everything)[1]) < 1e-12
+    # In the first step all ranks have a batch and normalize together, later each by itself.
+    together = by_batch(model, torch.cat([batches[0] for batches in drawn]))
+    later = [by_batch(model, x) for batches in drawn for x in batches[1:]]
+    mean, var = pooled([together, *later])
+    assert error(model[3].running_mean, mean) < 1e-12
+    assert error(model[3].running_var, var) < 1e-12
+    assert not collective._ALONE
+
+
+@check
+def recalibration_fails_on_all_ranks_or_none():
+    own, _, _ = batches_of((1, 2, 0, 1))
+    bad = [torch.full((4, C, 4), float("nan"), dtype=torch.float64)] if rank() == 1 else own
+    for build in (nn.BatchNorm1d, SyncBatchNorm):
+        model = two_layers(build)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ns.DataError if rank() == 1 else (ns.SynchronizationError, ns.DataError)):
+            ns.recalibrate(model, bad)
+        assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+        assert not collective._ALONE
+    with pytest.raises(ns.DataError, match="the loader is empty"):
+        ns.recalibrate(two_layers(nn.BatchNorm1d), [])
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("checks", nargs="*", metavar="CHECK")

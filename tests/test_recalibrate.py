@@ -521,3 +521,60 @@ def test_layers_whose_statistics_are_not_theirs_to_measure():
     assert report.changed == ("plain",)
     assert dict(report.skipped).keys() >= {"frozen", "steps"}
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+# --- what torch's update_bn does instead ------------------------------------------------------------------------------
+
+
+def test_frozen_layers_are_measured_by_update_bn_and_not_here():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[0].running_mean.fill_(2)
+    freeze(model, select="0")
+    theirs, batches = copy.deepcopy(model), draw((8, 3), (8, 3))
+    torch.optim.swa_utils.update_bn(batches, theirs)
+    assert torch.equal(theirs[0].running_mean, torch.zeros(3))  # reset, and frozen in that state
+    assert dict(recalibrate(model, batches).skipped) == {"0": "frozen"}
+    assert torch.equal(model[0].running_mean, torch.full((3,), 2.0))
+
+
+def test_dropout_widens_what_update_bn_measures_and_not_here():
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3)).eval()
+    theirs, batches = copy.deepcopy(model), draw((4000, 3), offset=0.0)
+    torch.optim.swa_utils.update_bn(batches, theirs)
+    recalibrate(model, batches)
+    truth = batches[0].var(0)
+    torch.testing.assert_close(model[1].running_var, truth)
+    # Half of the values zero, the others doubled: twice the variance, to a tenth with 4000 samples.
+    torch.testing.assert_close(theirs[1].running_var, 2 * truth, rtol=0.1, atol=0)
+
+
+def test_a_failing_loader_leaves_update_bn_without_momentum_and_this_as_it_was():
+    def failing():
+        yield torch.randn(8, 3)
+        raise OSError("disk gone")
+
+    model = nn.BatchNorm1d(3)
+    theirs, before = copy.deepcopy(model), state_hash(model)
+    for call in (lambda: torch.optim.swa_utils.update_bn(failing(), theirs), lambda: recalibrate(model, failing())):
+        with pytest.raises(OSError, match="disk gone"):
+            call()
+    assert theirs.momentum is None
+    assert state_hash(model) == before
+
+
+def test_instance_statistics_are_ignored_by_update_bn_and_not_here():
+    model = nn.InstanceNorm1d(3, track_running_stats=True)
+    theirs, batches = copy.deepcopy(model), draw((8, 3, 5))
+    torch.optim.swa_utils.update_bn(batches, theirs)
+    assert torch.equal(theirs.running_mean, torch.zeros(3))
+    recalibrate(model, batches)
+    torch.testing.assert_close(model.running_mean, batches[0].mean((0, 2)))
+
+
+def test_uneven_batches_weigh_the_same_in_update_bn_and_by_count_here():
+    batches = [torch.zeros(2, 3) + torch.tensor([[-1.0], [1.0]]), torch.randn(1000, 3) + 10]
+    model, theirs = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    torch.optim.swa_utils.update_bn(batches, theirs)
+    recalibrate(model, batches)
+    torch.testing.assert_close(model.running_mean, torch.cat(batches).mean(0))
+    assert (theirs.running_mean - 5).abs().max() < 0.1

@@ -5,6 +5,7 @@ progress and errors to stderr.
 """
 
 import normscope.cli.bench
+import normscope.cli.convert
 import normscope.cli.demo
 import normscope.cli.doctor
 import normscope.cli.lab  # noqa: F401 - they register their commands

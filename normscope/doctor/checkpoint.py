@@ -28,8 +28,9 @@ from normscope.doctor.remedies import (
 from normscope.errors import ArgumentError, DataError
 from normscope.records import FixRecord
 from normscope.surgery import freeze
+from normscope.surgery.convert import replay
 
-__all__ = ["load", "restore", "save"]
+__all__ = ["load", "operations_of", "restore", "save", "write"]
 
 FORMAT = 1
 # Where the state_dict lies in checkpoints of others.
@@ -55,7 +56,18 @@ def save(model: Module, fix: FixRecord, path: str | os.PathLike[str]) -> None:
         }
         for t in fix.applied
     ]
-    body = {"normscope": {"format": FORMAT, "operations": operations}, "state_dict": model.state_dict()}
+    write(model, operations, path)
+
+
+def write(model: Module, operations: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Write a model with the operations that made it, in their order.
+
+    Args:
+        model: The model.
+        operations: Of plain values: "code", "text", "layers" and what else the operation needs.
+        path: The file; written whole or not at all.
+    """
+    body = {"normscope": {"format": FORMAT, "operations": list(operations)}, "state_dict": model.state_dict()}
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
     try:
@@ -70,7 +82,7 @@ def load(builder: Callable[[], Module], path: str | os.PathLike[str]) -> Module:
 
     Args:
         builder: Returns the model as it was before the operations.
-        path: What `normscope fix -o` wrote, or a plain state_dict; read with `weights_only=True`.
+        path: What `normscope fix -o` or `convert -o` wrote, or a plain state_dict; read with `weights_only=True`.
 
     Raises:
         ArgumentError: The checkpoint does not fit the model.
@@ -125,6 +137,15 @@ def restore(model: Module, path: str | os.PathLike[str]) -> tuple[str, ...]:
     if missing:
         notes.append(f"the checkpoint has no {_some(missing)}: the model keeps its own")
     return tuple(note for note in notes if note)
+
+
+def operations_of(path: str | os.PathLike[str]) -> tuple[dict[str, Any], ...]:
+    """The operations that a checkpoint lists; none in one of others.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    return tuple(dict(operation) for operation in _operations(_read(path)))
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
@@ -194,10 +215,18 @@ _REPLAY: dict[str, Callable[[Module, list[str]], object]] = {
 _STORED = ("recal", "copy-buffers", "absorb-bias")
 
 
+def _convert(model: Module, operation: Mapping[str, Any]) -> None:
+    layers = zip(operation["layers"], operation["to"], operation["shapes"], strict=True)
+    replay(model, layers, affine=bool(operation["affine"]))
+
+
 def _replay(model: Module, operation: Mapping[str, Any]) -> str:
     code, layers = str(operation.get("code")), [str(name) for name in operation.get("layers", ())]
     if code in _REPLAY:
         _REPLAY[code](model, layers)
+        return f"done again: {operation.get('text')}"
+    if code == "convert":
+        _convert(model, operation)
         return f"done again: {operation.get('text')}"
     if code not in _STORED:
         raise DataError(f"the checkpoint's operation {code!r} is unknown here", cure="update normscope")

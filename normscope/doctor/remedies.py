@@ -101,7 +101,14 @@ def _recalibrate(case: Case) -> Surgery:
     for name in case.layers:
         _finite_buffers(case.model, name)
     return recalibrate(
-        case.model, case.batches, None, case.estimator, select=list(case.layers), forward=case.forward, progress=False
+        case.model,
+        case.batches,
+        None,
+        case.estimator,
+        select=list(case.layers),
+        forward=case.forward,
+        progress=False,
+        group="own",  # a check runs on one rank
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,13 +18,14 @@ from torch.nn import Module
 from normscope.errors import SynchronizationError
 from normscope.nn.base import path_of
 
-__all__ = ["Exchange", "Grouped", "exchange_of"]
+__all__ = ["Exchange", "Grouped", "alone", "exchange_of"]
 
 # Doubles per message on a CPU, enough for three numbers of 2048 channels and the name. Messages of one size, because
 # gloo ends the process where two ranks send different sizes, that is, where they are at different layers; longer rows
 # go in several. A full message costs what a short one does (4 ranks, loopback: 4.4 ms for 1.6 KB and for 64 KB).
 PACKET = 3 * 2048 + 1
 
+_ALONE = False
 _NAMES: weakref.WeakKeyDictionary[Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -160,9 +162,20 @@ class _Handle:
         return _Handle, ()
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within the block every layer computes by itself: the other ranks may be elsewhere."""
+    global _ALONE
+    before, _ALONE = _ALONE, True
+    try:
+        yield
+    finally:
+        _ALONE = before
+
+
 def exchange_of(layer: Module, group: Any, timeout: float) -> Exchange | None:
     """A layer's line to the other ranks; None where it is alone, or does not train."""
-    if not (layer.training and dist.is_available() and dist.is_initialized()):
+    if _ALONE or not (layer.training and dist.is_available() and dist.is_initialized()):
         return None
     group = dist.group.WORLD if group is None else group
     size = dist.get_world_size(group)

@@ -5,6 +5,8 @@ bit. Every edit happens wholly or not at all, in place or on a copy, and returns
 """
 
 from normscope.surgery.accelerate import accelerate, to_torch
+from normscope.surgery.adapt import adapt
+from normscope.surgery.convert import convert
 from normscope.surgery.find import Call, Found, find, paths, trace
 from normscope.surgery.forward import feed, quiet, switch
 from normscope.surgery.freeze import freeze, is_frozen, unfreeze
@@ -14,6 +16,7 @@ from normscope.surgery.prove import Proof
 from normscope.surgery.recalibrate import recalibrate
 from normscope.surgery.remedies import absorb_bias, copy_buffers, fed_by, keep_float32, set_eps, set_momentum
 from normscope.surgery.replace import adopt, exchange, obstacle, replace
+from normscope.surgery.split import split_statistics, use_domain
 from normscope.surgery.state import Snapshot, reach, state_hash
 from normscope.surgery.synchronize import desynchronize, synchronize
 from normscope.surgery.traits import Trait
@@ -28,7 +31,9 @@ __all__ = [
     "Trait",
     "absorb_bias",
     "accelerate",
+    "adapt",
     "adopt",
+    "convert",
     "copy_buffers",
     "desynchronize",
     "exchange",
@@ -49,10 +54,12 @@ __all__ = [
     "replace",
     "set_eps",
     "set_momentum",
+    "split_statistics",
     "state_hash",
     "switch",
     "synchronize",
     "to_torch",
     "trace",
     "unfreeze",
+    "use_domain",
 ]

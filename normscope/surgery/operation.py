@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy as copies
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.nn import Module
 
@@ -29,6 +31,7 @@ class Surgery:
         changed: Names of the modules that were changed.
         skipped: Names of those that were not, each with the reason.
         notes: What else is worth knowing, one sentence each.
+        details: What was measured or chosen, by name, for programs; what it holds is told by the operation.
     """
 
     operation: str
@@ -36,6 +39,7 @@ class Surgery:
     changed: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    details: Mapping[str, Any]
     _before: Snapshot = field(repr=False)
     _original: Module = field(repr=False)
 
@@ -82,6 +86,7 @@ class Draft:
         self.changed: dict[str, None] = {}
         self.skipped: list[tuple[str, str]] = []
         self.notes: list[str] = []
+        self.details: dict[str, Any] = {}
 
     def change(self, name: str) -> None:
         """Note that a module was changed."""
@@ -125,7 +130,7 @@ def operate(
             draft.before.keep_changes()
             return Surgery(
                 operation, draft.model, tuple(draft.changed), tuple(draft.skipped), tuple(draft.notes),
-                draft.before, original,
+                types.MappingProxyType(draft.details), draft.before, original,
             )  # fmt: skip
     except BaseException:
         draft.before.restore()

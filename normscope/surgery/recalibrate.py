@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from normscope.errors import ArgumentError, DataError
+from normscope.errors import ArgumentError, DataError, SynchronizationError
 from normscope.functional.core import view_of
 from normscope.nn import DecorrelatedBatchNorm, FrozenBatchNorm, IterNorm, Norm, RecurrentBatchNorm
 from normscope.nn.base import Layer
+from normscope.nn.collective import Exchange, Grouped
 from normscope.scope import SCOPES
 from normscope.surgery.find import Found, Select, find
 from normscope.surgery.forward import Forward, feed, quiet
 from normscope.surgery.freeze import is_frozen
 from normscope.surgery.operation import Draft, Surgery, operate
+from normscope.surgery.ranks import agree, in_step, ranks_of, tell
 
-__all__ = ["Estimator", "recalibrate"]
+__all__ = ["Estimator", "Meter", "OneValueError", "Sums", "measurable", "recalibrate"]
 
 Estimator = Literal["population", "mean"]
 Batch = TypeVar("Batch")
@@ -39,6 +42,7 @@ def recalibrate(
     copy: bool = False,
     forward: Forward | None = None,
     progress: bool | None = None,
+    group: Any = None,
 ) -> Surgery:
     """Measure the running statistics of a model again, from data.
 
@@ -58,7 +62,12 @@ def recalibrate(
     Left alone: momentum; frozen layers (`freeze`, or in evaluation mode by themselves while the model trains), which
     keep normalizing by what they have; layers without running statistics; layers that the data never reach.
     `num_batches_tracked` becomes the number of batches that a layer has seen, so that momentum=None goes on with a mean
-    in which all batches, these included, weigh the same. On several ranks each measures its own batches.
+    in which all batches, these included, weigh the same.
+
+    Where `torch.distributed` runs, every rank reads its own share of the data, however much that is, and all end with
+    the same statistics, those of all ranks' values together: the sums above run over all ranks' batches, and no rank's
+    average is averaged. Synchronized layers normalize over all ranks while every rank has a batch left, and then each
+    by its own; torch's own SyncBatchNorm cannot do that and needs as many batches on every rank.
 
     Args:
         model: The model; its mode does not matter otherwise.
@@ -70,6 +79,8 @@ def recalibrate(
         copy: Recalibrate a deep copy.
         forward: `forward(model, batch)` in place of `model(batch)`, for other structures.
         progress: Show a progress bar on stderr; None for only if that is a terminal.
+        group: The process group whose ranks measure together and must all call this; None for all ranks, "own" for
+            this rank alone.
 
     Returns:
         A report. Nothing but the statistics has changed, random generators included. A batch with one value per channel
@@ -77,8 +88,9 @@ def recalibrate(
 
     Raises:
         ArgumentError: An option is out of range, or batches have an unknown structure.
-        DataError: The loader is empty, no batch could be used, or a layer received NaN or infinity. As after any error
-            of model or loader, the model is as it was.
+        DataError: The loader is empty (on every rank), no batch could be used, or a layer received NaN or infinity. As
+            after any error of model or loader, the model is as it was.
+        SynchronizationError: Another rank failed, or does not come.
 
     Source: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", §3; Chan, Golub & LeVeque 1983 (merging).
 
@@ -97,10 +109,11 @@ def recalibrate(
         raise ArgumentError("a tensor is one batch, not a loader", shape=tuple(loader.shape), cure="pass [tensor]")
 
     def edit(draft: Draft) -> None:
-        meters = [Meter(found) for found in _targets(draft, select)]
+        meters = [Meter(found) for found in measurable(draft, select)]
         if not meters:
             return
-        read, left_out = _measure(draft.model, meters, _shown(loader, batches, progress), forward)
+        ranks = ranks_of(group)
+        read, left_out = _measure(draft.model, meters, _shown(loader, batches, progress), forward, ranks)
         draft.before.restore()
         _check(read, left_out)
         for meter in meters:
@@ -109,14 +122,16 @@ def recalibrate(
                 draft.change(meter.found.name)
             else:
                 draft.skip(meter.found.name, "never reached by these batches; it keeps its statistics")
-        draft.notes.append(f"{read - left_out} batches, estimator {estimator!r}")
+        together = "" if ranks is None else f" of {ranks.size} ranks"
+        draft.notes.append(f"{read - left_out} batches{together}, estimator {estimator!r}")
         if left_out:
             draft.notes.append(f"{left_out} batches left out: one value per channel cannot be normalized")
 
     return operate("recalibrate", model, edit, copy=copy)
 
 
-def _targets(draft: Draft, select: Select) -> Iterator[Found]:
+def measurable(draft: Draft, select: Select) -> Iterator[Found]:
+    """The layers whose running statistics may be measured; the draft notes why others may not."""
     for found in find(draft.model, select):
         reason = _unfit(found, by_hand=select is None and draft.model.training and not found.module.training)
         if reason is None:
@@ -143,20 +158,40 @@ def _unfit(found: Found, *, by_hand: bool) -> str | None:
     return "in evaluation mode while the model trains, taken for frozen; name it in select= if not" if by_hand else None
 
 
-def _measure(model: Module, meters: list[Meter], loader: Iterable[Any], forward: Forward | None) -> tuple[int, int]:
-    """Feed the loader to the model and every meter; returns how many batches were read and left out."""
+def _measure(
+    model: Module, meters: list[Meter], loader: Iterable[Any], forward: Forward | None, ranks: Exchange | None
+) -> tuple[int, int]:
+    """Feed the loader to the model and every meter; returns how many batches were read and left out, on all ranks."""
     model.eval()
     for meter in meters:
         # Not train(): what a normalizer has inside, as the dropout of some libraries, stays in evaluation.
         meter.found.module.training = True
         meter.found.module.register_forward_pre_hook(meter.see, with_kwargs=True)
+    if ranks is None:
+        return _feed_all(model, meters, loader, forward)
+    together = any(isinstance(module, Grouped) for module in model.modules())
+    try:
+        with contextlib.closing(in_step(loader, ranks if together else None)) as stepped:
+            counts = _feed_all(model, meters, stepped, forward)
+    except Exception:
+        with contextlib.suppress(SynchronizationError):  # the others are at a layer; what happened here says more
+            agree(ranks, failed=True)
+        raise
+    agree(ranks)
+    for meter in meters:
+        meter.gather(ranks)
+    read, left_out = tell(ranks, counts).sum(0).tolist()
+    return int(read), int(left_out)
+
+
+def _feed_all(model: Module, meters: list[Meter], loader: Iterable[Any], forward: Forward | None) -> tuple[int, int]:
     read = left_out = 0
     with quiet():
         for batch in loader:
             read += 1
             try:
                 feed(model, batch, forward)
-            except _OneValueError:
+            except OneValueError:
                 left_out += 1
                 for meter in meters:
                     meter.pending.clear()
@@ -178,7 +213,7 @@ def _check(read: int, left_out: int) -> None:
         )
 
 
-class _OneValueError(Exception):
+class OneValueError(Exception):
     """The batch being fed cannot be normalized by its own statistics."""
 
 
@@ -262,6 +297,26 @@ class Meter:
             self.calls += 1
         self.pending.clear()
 
+    def gather(self, ranks: Exchange) -> None:
+        """Take in what the other ranks have counted, merged in the order of the ranks: all get the same bits."""
+        shape = self.found.module.get_buffer("running_mean").shape
+        own = self._total or Sums(*(torch.zeros(shape, dtype=torch.float64) for _ in fields(Sums)))
+        parts = [getattr(own, field.name).cpu().reshape(-1) for field in fields(Sums)]
+        rows = tell(ranks, torch.cat([torch.tensor([self.calls], dtype=torch.float64), *parts]))
+        totals = [Sums(*(t.reshape(shape) for t in row[1:].chunk(len(parts)))) for row in rows]
+        self.calls = int(rows[:, 0].sum())
+        self._total = functools.reduce(Sums.merge, totals) if self.calls else None
+
+    def mix(self, share: float, source: tuple[Tensor, Tensor]) -> None:
+        """Write a mixture of given statistics, weighing `share`, and those of all calls, the pending included."""
+        total = functools.reduce(Sums.merge, self.pending if self._total is None else [self._total, *self.pending])
+        freedom = total.count - 1 if _centers(self.found.module) else total.count
+        known = (total.mean, total.count >= 1), (total.square / freedom.clamp(min=1), freedom >= 1)
+        for name, old, (new, where) in zip(("running_mean", "running_var"), source, known, strict=True):
+            buffer = self.found.module.get_buffer(name)
+            mixed = torch.lerp(new.to(buffer.device), old.to(buffer.device, new.dtype), share)
+            buffer.copy_(torch.where(where.to(buffer.device), mixed, old.to(mixed)))
+
     def write(self, estimator: Estimator) -> None:
         """Write the layer's buffers; channels of which a mask has left nothing keep what they have."""
         total, module = self._total, self.found.module
@@ -276,6 +331,7 @@ class Meter:
             var, known_var = total.vars / total.vars_of.clamp(min=1), total.vars_of >= 1
         for name, value, where in (("running_mean", mean, known), ("running_var", var, known_var)):
             buffer = module.get_buffer(name)
+            value, where = value.to(buffer.device), where.to(buffer.device)
             buffer.copy_(torch.where(where, value, buffer.to(value)))
         if getattr(module, "num_batches_tracked", None) is not None:
             module.get_buffer("num_batches_tracked").fill_(self.calls)
@@ -289,7 +345,7 @@ def _sums(found: Found, x: Tensor, mask: Tensor | None) -> Sums:
     """The moments of one call.
 
     Raises:
-        _OneValueError: The call has one value per set, and the layer centres.
+        OneValueError: The call has one value per set, and the layer centres.
     """
     module = found.module
     params, sizes = "c", {}
@@ -303,7 +359,7 @@ def _sums(found: Found, x: Tensor, mask: Tensor | None) -> Sums:
     wide = (x.cpu() if x.device.type == "mps" else x).detach().to(torch.float64)
     view = view_of(wide, pattern, sizes, params)
     if view.cells == 1 and _centers(module):
-        raise _OneValueError
+        raise OneValueError
     inside = view.scope.inside
     channel = view.scope.axis_of("c")
     keep = view.mask(mask, None if channel is None else (channel,))

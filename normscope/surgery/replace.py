@@ -16,7 +16,7 @@ from normscope.surgery.find import Found, Select, find
 from normscope.surgery.operation import Draft, Surgery, operate
 from normscope.surgery.prove import Proof
 from normscope.surgery.state import REGISTRIES, reach
-from normscope.surgery.traits import add_trait, traits_of
+from normscope.surgery.traits import Trait, add_trait, traits_of
 
 __all__ = ["adopt", "exchange", "obstacle", "replace"]
 
@@ -71,7 +71,9 @@ def obstacle(module: Module) -> str | None:
     return None
 
 
-def adopt(old: Module, new: Module, without: Collection[str] = ()) -> None:
+def adopt(
+    old: Module, new: Module, without: Collection[str] = (), *, traits: Collection[type[Trait]] | None = None
+) -> None:
     """Give a new module what the old one has, by reference, so that optimizers, handles and references stay valid.
 
     Parameters and buffers (the objects themselves, in the old order), submodules, hooks, `training`, traits such as
@@ -82,6 +84,7 @@ def adopt(old: Module, new: Module, without: Collection[str] = ()) -> None:
         old: The module to take from; it keeps everything, too.
         new: The module to give to.
         without: Names that are not taken over.
+        traits: Which of the old one's traits are; None for all.
     """
     like = next((t for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()), None)
     if like is not None:
@@ -96,7 +99,7 @@ def adopt(old: Module, new: Module, without: Collection[str] = ()) -> None:
             _rebind(value, old, new)
         elif name not in vars(new) and name not in without:
             vars(new)[name] = value
-    for trait in traits_of(type(old)):
+    for trait in traits_of(type(old)) if traits is None else traits:
         add_trait(new, trait)
 
 

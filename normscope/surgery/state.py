@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Snapshot", "reach", "state_hash", "uninterrupted"]
+__all__ = ["Record", "Snapshot", "reach", "state_hash", "uninterrupted"]
 
 # Dictionaries in which a module keeps its members: their names do not belong to a path.
 REGISTRIES = ("_modules", "_parameters", "_buffers")
@@ -74,7 +74,7 @@ def _join(path: str, name: object) -> str:
 # --- keeping and bringing back ------------------------------------------------------------------------------------
 
 
-class _Record(Protocol):
+class Record(Protocol):
     """One thing as it was."""
 
     path: str
@@ -110,7 +110,7 @@ class Snapshot:
     def __init__(self, model: Module, *, rng: bool = True) -> None:
         self._modes: _Modes | None = _Modes()
         self._rng = _Rng() if rng else None
-        self._records: list[_Record] = []
+        self._records: list[Record] = []
         memory: dict[int, _Memory] = {}
         for path, thing in reach(model):
             self._records.extend(_records(path, thing))
@@ -119,6 +119,10 @@ class Snapshot:
                     memory.setdefault(storage._cdata, _Memory(path, storage))
         # Bytes come last: a tensor must look at its old memory again before that is filled.
         self._records.extend(memory.values())
+
+    def watch(self, record: Record) -> None:
+        """Bring back, too, something outside the model, such as an optimizer's lists of parameters."""
+        self._records.append(record)
 
     def changed(self) -> tuple[str, ...]:
         """Paths of what is otherwise now than it was, generators aside."""
@@ -155,7 +159,7 @@ class Snapshot:
         self.restore()
 
 
-def _records(path: str, thing: Any) -> Iterator[_Record]:
+def _records(path: str, thing: Any) -> Iterator[Record]:
     if isinstance(thing, (Module, Tensor)):
         yield _Class(path, thing, type(thing))
     if isinstance(thing, torch.jit.ScriptModule):
