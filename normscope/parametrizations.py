@@ -103,9 +103,17 @@ def bake(model: Module) -> Module:
                 with contextlib.suppress(ValueError):  # what they raise where there is none
                     remove(module)
             if parametrize.is_parametrized(module):
+                _take_own_class(module)
                 for name in list(module.parametrizations):  # type: ignore[arg-type]
                     parametrize.remove_parametrizations(module, name)
     finally:
         for module, training in modes:
             module.training = training
     return model
+
+
+def _take_own_class(module: Module) -> None:
+    """torch makes a class per parametrized module and takes the property out of it, which deep copies of it share."""
+    cls = type(module)
+    body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, body)

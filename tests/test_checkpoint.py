@@ -109,3 +109,12 @@ def test_operations_are_plain_data(tmp_path):
     noted = torch.load(tmp_path / "a.pt", weights_only=True)["normscope"]["operations"]
     assert [(one["code"], one["layers"]) for one in noted] == [("recal", ["1", "0"]), ("freeze", ["1", "0"])]
     assert noted[0]["rule"] == fix.applied[0].rule
+
+
+def test_what_had_been_done_before_comes_first(tmp_path):
+    frozen = ns.freeze(build())
+    checkpoint.save(frozen.model, treated("recal"), tmp_path / "a.pt", earlier=[checkpoint.noted(frozen)])
+    assert [one["code"] for one in checkpoint.operations(tmp_path / "a.pt")] == ["freeze", "recal"]
+    assert is_frozen(checkpoint.load(build, tmp_path / "a.pt")[1])
+    torch.save(build().state_dict(), tmp_path / "plain.pt")
+    assert checkpoint.operations(tmp_path / "plain.pt") == ()

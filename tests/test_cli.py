@@ -444,6 +444,7 @@ def test_rules(call):
     assert result.exit_code == 0
     assert all(f"  {code} {found.name}\n" in result.stdout for code, found in doctor.RULES.items())
     assert max(map(len, result.stdout.splitlines())) <= 80
+    assert "\\b" not in result.stdout
     listed = json.loads(call("rules", "--format", "json").stdout)
     assert [one["code"] for one in listed] == sorted(doctor.RULES)
     assert all(one["page"]["What it measures"] for one in listed)
@@ -465,7 +466,7 @@ def test_no_such_rule(call):
     assert "NRM901" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["check", "fix", "rule", "rules", "demo"])
+@pytest.mark.parametrize("command", ["check", "fix", "fold", "rule", "rules", "demo"])
 def test_help_fits_a_terminal(call, command):
     result = call(command, "--help")
     assert result.exit_code == 0

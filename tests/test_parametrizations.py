@@ -154,3 +154,12 @@ def test_proximal_l1_gives_exact_zeros_and_the_minimum():
     assert torch.equal(layer.bias, bias)
     with pytest.raises(ns.ArgumentError, match="threshold"):
         proximal_l1(layer, -1.0)
+
+
+def test_bake_of_a_deep_copy_leaves_the_original():
+    """torch keeps the property in a class that both have, and takes it away there."""
+    layer = torchs.weight_norm(nn.Linear(3, 2))
+    x = torch.randn(4, 3)
+    expected = layer(x)
+    assert torch.equal(bake(copy.deepcopy(layer))(x), expected)
+    assert torch.equal(layer(x), expected)

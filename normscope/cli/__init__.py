@@ -8,7 +8,8 @@ import normscope.cli.bench
 import normscope.cli.convert
 import normscope.cli.demo
 import normscope.cli.doctor
-import normscope.cli.lab  # noqa: F401 - they register their commands
+import normscope.cli.lab
+import normscope.cli.surgery  # noqa: F401 - they register their commands
 from normscope.cli.group import main
 
 __all__ = ["main"]

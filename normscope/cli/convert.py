@@ -62,7 +62,7 @@ def convert(
     with progress("building the model"):
         built = load.build_model(model)
         load.weights(built, weights)
-        done = [] if weights is None else list(checkpoint.operations_of(weights))
+        done = [] if weights is None else list(checkpoint.operations(weights))
         loader = None if data is None else load.build_loader(data, model)
     with progress("converting"), load.their_code():
         report = convert_model(

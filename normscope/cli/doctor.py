@@ -214,7 +214,8 @@ def _save(
         click.echo(told, err=quiet)
         return
     try:
-        checkpoint.save(report.model, record, out)
+        earlier = () if given["weights"] is None else checkpoint.operations(given["weights"])
+        checkpoint.save(report.model, record, out, earlier=earlier)
     except (OSError, RuntimeError) as error:
         raise ArgumentError(f"{out} cannot be written: {error}", cure="name another path with -o") from None
     again = _with_command(report.record, "check", {**given, "weights": out})

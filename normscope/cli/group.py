@@ -40,6 +40,11 @@ class _Group(click.Group):
             click.echo(f"internal error in normscope {ns.__version__}:\n{traceback.format_exc()}", err=True)
             ctx.exit(INTERNAL_ERROR)
 
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        r"""Read `\b`, which keeps the lines of an example apart: docstrings are raw."""
+        cmd.help = (cmd.help or "").replace("\\b\n", "\b\n")
+        super().add_command(cmd, name)
+
     def list_commands(self, _: click.Context) -> list[str]:
         """In the order of use instead of the alphabet."""
         return list(self.commands)

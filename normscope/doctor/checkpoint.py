@@ -1,7 +1,7 @@
-"""Repaired models as checkpoints: the state_dict, and the operations that a state_dict cannot hold.
+"""Edited models as checkpoints: the state_dict, and the operations that a state_dict cannot hold.
 
 Only tensors, numbers and text are in the file, so that `torch.load(weights_only=True)` reads it. Statistics are in the
-state_dict; being frozen, a momentum or a new buffer are not, and are done again before it is loaded.
+state_dict; being frozen, a momentum, a new buffer or another layer are not, and are done again before it is loaded.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from normscope.doctor.remedies import (
 )
 from normscope.errors import ArgumentError, DataError
 from normscope.records import FixRecord
-from normscope.surgery import freeze
+from normscope.surgery import Surgery, freeze, refold
 from normscope.surgery.convert import replay
 
-__all__ = ["load", "operations_of", "restore", "save", "write"]
+__all__ = ["load", "noted", "operations", "restore", "save", "write"]
 
 FORMAT = 1
 # Where the state_dict lies in checkpoints of others.
@@ -38,15 +38,18 @@ NESTS = ("state_dict", "model_state_dict", "model")
 SHOWN = 5
 
 
-def save(model: Module, fix: FixRecord, path: str | os.PathLike[str]) -> None:
-    """Write a repaired model: `{"normscope": {"format", "operations"}, "state_dict"}`.
+def save(
+    model: Module, fix: FixRecord, path: str | os.PathLike[str], *, earlier: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Write a repaired model.
 
     Args:
         model: The repaired model.
         fix: What was done to it.
         path: The file; written whole or not at all.
+        earlier: Operations that had been done before; see `operations`.
     """
-    operations = [
+    treatments = [
         {
             "code": t.remedy.code,
             "rule": t.rule,
@@ -56,18 +59,29 @@ def save(model: Module, fix: FixRecord, path: str | os.PathLike[str]) -> None:
         }
         for t in fix.applied
     ]
-    write(model, operations, path)
+    write(model, [*earlier, *treatments], path)
+
+
+def noted(surgery: Surgery) -> dict[str, Any]:
+    """An edit as an operation of a checkpoint."""
+    return {
+        "code": surgery.operation,
+        "text": f"{surgery.operation} of {len(surgery.changed)} normalizers",
+        "layers": list(surgery.changed),
+        "recipe": dict(surgery.recipe),
+    }
 
 
 def write(model: Module, operations: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Write a model with the operations that made it, in their order.
+    """Write an edited model: `{"normscope": {"format", "operations"}, "state_dict"}`.
 
     Args:
         model: The model.
-        operations: Of plain values: "code", "text", "layers" and what else the operation needs.
+        operations: What was done to it since it was built, in order: plain data.
         path: The file; written whole or not at all.
     """
-    body = {"normscope": {"format": FORMAT, "operations": list(operations)}, "state_dict": model.state_dict()}
+    done = [dict(operation) for operation in operations]
+    body = {"normscope": {"format": FORMAT, "operations": done}, "state_dict": model.state_dict()}
     path = Path(path)
     part = path.with_name(f"{path.name}.part")
     try:
@@ -82,7 +96,8 @@ def load(builder: Callable[[], Module], path: str | os.PathLike[str]) -> Module:
 
     Args:
         builder: Returns the model as it was before the operations.
-        path: What `normscope fix -o` or `convert -o` wrote, or a plain state_dict; read with `weights_only=True`.
+        path: What `normscope fix -o`, `fold -o` or `convert -o` wrote, or a plain state_dict; read with
+            `weights_only=True`.
 
     Raises:
         ArgumentError: The checkpoint does not fit the model.
@@ -139,13 +154,9 @@ def restore(model: Module, path: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(note for note in notes if note)
 
 
-def operations_of(path: str | os.PathLike[str]) -> tuple[dict[str, Any], ...]:
-    """The operations that a checkpoint lists; none in one of others.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    return tuple(dict(operation) for operation in _operations(_read(path)))
+def operations(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], ...]:
+    """The operations noted in a checkpoint; none in one of others."""
+    return _operations(_read(path))
 
 
 def _read(path: str | os.PathLike[str]) -> Any:
@@ -173,7 +184,7 @@ def _state(body: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
     )
 
 
-def _operations(body: Any) -> Sequence[Mapping[str, Any]]:
+def _operations(body: Any) -> tuple[Mapping[str, Any], ...]:
     ours = body.get("normscope") if isinstance(body, Mapping) else None
     if not isinstance(ours, Mapping):
         return ()
@@ -211,6 +222,8 @@ _REPLAY: dict[str, Callable[[Module, list[str]], object]] = {
     "give-statistics": give,
     "replace-norm": instance_norm,
 }
+# Those that need more than the names of layers.
+_AGAIN: dict[str, Callable[[Module, list[str], Mapping[str, Any]], object]] = {"fold": refold}
 # Their result lies in the state_dict.
 _STORED = ("recal", "copy-buffers", "absorb-bias")
 
@@ -222,8 +235,11 @@ def _convert(model: Module, operation: Mapping[str, Any]) -> None:
 
 def _replay(model: Module, operation: Mapping[str, Any]) -> str:
     code, layers = str(operation.get("code")), [str(name) for name in operation.get("layers", ())]
-    if code in _REPLAY:
-        _REPLAY[code](model, layers)
+    if code in _REPLAY or code in _AGAIN:
+        if code in _REPLAY:
+            _REPLAY[code](model, layers)
+        else:
+            _AGAIN[code](model, layers, operation.get("recipe", {}))
         return f"done again: {operation.get('text')}"
     if code == "convert":
         _convert(model, operation)

@@ -39,7 +39,7 @@ class Report:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).eval()
         >>> report = ns.check(model, [torch.randn(8, 4) for _ in range(6)])
         >>> report, report.passed("W"), report["NRM101"].reason
-        (Report(Sequential: 0 E, 0 W, 0 I), True, 'all statistics and affine parameters are finite')
+        (Report(Sequential: 0 E, 0 W, ... I), True, 'all statistics and affine parameters are finite')
     """
 
     record: CheckRecord

@@ -8,6 +8,7 @@ from normscope.surgery.accelerate import accelerate, to_torch
 from normscope.surgery.adapt import adapt
 from normscope.surgery.convert import convert
 from normscope.surgery.find import Call, Found, find, paths, trace
+from normscope.surgery.fold import fold, refold
 from normscope.surgery.forward import feed, quiet, switch
 from normscope.surgery.freeze import freeze, is_frozen, unfreeze
 from normscope.surgery.operation import Draft, Surgery, operate
@@ -40,6 +41,7 @@ __all__ = [
     "fed_by",
     "feed",
     "find",
+    "fold",
     "freeze",
     "is_frozen",
     "keep_float32",
@@ -51,6 +53,7 @@ __all__ = [
     "quiet",
     "reach",
     "recalibrate",
+    "refold",
     "replace",
     "set_eps",
     "set_momentum",

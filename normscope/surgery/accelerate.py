@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
@@ -30,7 +30,7 @@ from normscope.surgery.replace import obstacle
 from normscope.surgery.state import Snapshot
 from normscope.surgery.traits import add_trait, base_of, has_trait, remove_trait, traits_of
 
-__all__ = ["StepProof", "accelerate", "to_torch"]
+__all__ = ["StepProof", "accelerate", "to_torch", "withdraw"]
 
 _OURS: dict[type[Module], type[Module]] = {
     getattr(nn, name): getattr(ours, name)
@@ -129,11 +129,16 @@ def to_torch(model: Module, *, select: Select = None, copy: bool = False) -> Sur
                     draft.change(found.name)
                 else:
                     draft.skip(found.name, reason)
-        for module, _ in paths(draft.model):
-            if has_trait(module, Fused) and not all(map(fusable, norms_of(module))):
-                _install(module, ())
+        withdraw(draft.model)
 
     return operate("to_torch", model, edit, copy=copy)
+
+
+def withdraw(model: Module) -> None:
+    """Take away the programs of modules whose normalizers have become something else."""
+    for module, _ in paths(model):
+        if has_trait(module, Fused) and not all(map(fusable, norms_of(module))):
+            _install(module, ())
 
 
 # --- classes ------------------------------------------------------------------------------------------------------
@@ -237,6 +242,8 @@ def _flows(
 
 
 def _traced(module: Module, ends: Collection[Module]) -> list[Flow]:
+    if isinstance(module, fx.GraphModule):  # which makes its classes itself, and cannot copy them with a trait
+        raise UntraceableError("torch.fx has written it, which is better done with the accelerated model")
     try:
         return flows_of(module, ends)
     except UntraceableError:

@@ -25,7 +25,7 @@ from normscope.surgery.flow import IN_PLACE, Flow, UntraceableError, options_of,
 from normscope.surgery.fused import Path, Program, add_then_norm, adds_first, at, fuse_norm, unhooked
 from normscope.surgery.traits import base_of
 
-__all__ = ["programs_from"]
+__all__ = ["programs_from", "reaches", "writes"]
 
 
 class _Chain(NamedTuple):
@@ -192,13 +192,13 @@ def _obstacle(flow: Flow, chain: _Chain, calls: int) -> str | None:
     start, end = (chain.add, chain.norm) if chain.first else (chain.norm, chain.last)
     value = chain.add if chain.first else chain.norm.args[0]
     taken = {chain.norm, chain.add, *chain.bypassed}
-    writes = [node for node in flow.graph.nodes if node not in taken and _writes(flow, node)]
-    if any(place[start] < place[node] < place[end] and _reaches(flow, node, value) for node in writes):
+    writers = [node for node in flow.graph.nodes if node not in taken and writes(flow, node)]
+    if any(place[start] < place[node] < place[end] and reaches(flow, node, value) for node in writers):
         return "what it normalizes may be overwritten before its output is used"
     # A fused call keeps the residual for the gradient.
     if chain.residual is not None and not chain.first:
         added = place[cast(fx.Node, chain.add)]
-        if any(added < place[node] and _reaches(flow, node, chain.residual) for node in writes):
+        if any(added < place[node] and reaches(flow, node, chain.residual) for node in writers):
             return "what is added to it may be overwritten later"
     return None
 
@@ -213,7 +213,7 @@ _FRESH_FUNCTIONS = {
 }  # fmt: skip
 
 
-def _reaches(flow: Flow, node: fx.Node, value: Any) -> bool:
+def reaches(flow: Flow, node: fx.Node, value: Any) -> bool:
     """Whether a node that writes may write into the memory of a value: a module into all it gets, a function first."""
     written = node.all_input_nodes[: None if node.op == "call_module" else 1]
     return any(not _sources(flow, each).isdisjoint(_sources(flow, value)) for each in written)
@@ -235,7 +235,7 @@ def _sources(flow: Flow, node: fx.Node) -> set[fx.Node]:
 _HARMLESS = ("torch", "_operator", "math", "builtins", "normscope")
 
 
-def _writes(flow: Flow, node: fx.Node) -> bool:
+def writes(flow: Flow, node: fx.Node) -> bool:
     """Whether a node may write into its arguments; what is not known may."""
     module = flow.module(node)
     if module is not None:

@@ -10,6 +10,7 @@ conditions. What remains is outside of the model: global variables, and what is 
 
 from __future__ import annotations
 
+import builtins
 import collections
 import contextlib
 import copy
@@ -65,11 +66,7 @@ def is_plain_sequential(module: Module) -> bool:
 
 
 class _Value(fx.Proxy):
-    """A traced value that notices when code asks for its type, and records x += y, which torch.fx reads as x + y."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return cast(_Tracer, self.tracer).kind_of(self.node)
+    """A traced value that records x += y, which torch.fx reads as x + y."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -84,6 +81,13 @@ for _function in IN_PLACE - {operator.setitem}:
     setattr(_Value, f"__{_function.__name__}__", _recorded_in_place(_function))
 
 
+# Of tensors they make a tensor.
+_OPERATORS = {operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, torch.cat}
+
+
+_isinstance = isinstance
+
+
 class _Tracer(fx.Tracer):
     """Traces one module's forward, every module that it calls a leaf.
 
@@ -92,14 +96,24 @@ class _Tracer(fx.Tracer):
         looked_into: Modules that are no leaves, besides Sequentials.
         kind: What an argument answers to isinstance: Tensor or list.
         optional: Trace arguments that have a default, too; without it they have the default.
+        tensors: Modules known to return tensors. Where they are given, the path is that of the model as it is now: the
+            code may read any object, go through parameters, and ask for the types of what these modules return.
     """
 
     proxy_buffer_attributes = True
     trace_asserts = True
 
-    def __init__(self, owner: Module, looked_into: Collection[Module], kind: type, *, optional: bool = False) -> None:
+    def __init__(
+        self,
+        owner: Module,
+        looked_into: Collection[Module],
+        kind: type,
+        *,
+        optional: bool = False,
+        tensors: Collection[Module] | None = None,
+    ) -> None:
         super().__init__()
-        self.looked_into, self.optional, self.kind = looked_into, optional, kind
+        self.looked_into, self.optional, self.kind, self.tensors = looked_into, optional, kind, tensors
         self.names = {module: tuple(name.split(".")) if name else () for name, module in owner.named_modules()}
         self.reads: dict[tuple[Path, str], Any] = {}
         self.defaults: dict[str, Any] = {}
@@ -131,26 +145,50 @@ class _Tracer(fx.Tracer):
         def getattribute(module: Module, name: str) -> Any:
             value = object.__getattribute__(module, name)
             if name in ("_parameters", "_buffers"):
-                if not self.inside:  # the dtype of a parameter, say, which is another after half()
+                if self.tensors is None and not self.inside:  # a parameter's dtype, say, which half() changes
                     self.refuse("it goes through its parameters")
             elif name not in _REGISTERED and name in object.__getattribute__(module, "__dict__"):
                 self._read(module, name, value)
             return value
 
-        Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]
+        def isinstance_(value: Any, kinds: Any) -> bool:
+            if type(value) is _Value:
+                return issubclass(_Value, kinds) or issubclass(self.kind_of(value.node), kinds)
+            return _isinstance(value, kinds)
+
         try:
+            Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]
+            # Not by a __class__ of the values: torch's own code would take one that stands for a number for a tensor.
+            builtins.isinstance = isinstance_
             yield
         finally:
-            del Module.__getattribute__
+            builtins.isinstance = _isinstance
+            if "__getattribute__" in vars(Module):
+                del Module.__getattribute__
 
     def _read(self, module: Module, name: str, value: Any) -> None:
+        self._watch(value)
+        if self.tensors is not None and not (module in self.names and _is_constant(value)):
+            return
         if not _is_constant(value):
             self.refuse(f"it reads {name!r}, a {type(value).__name__}, which may change without notice")
         if module not in self.names:
             self.refuse(f"it reads {name!r} of a module that it does not hold")
         self.reads.setdefault((self.names[module], name), copy.deepcopy(value))
+
+    def _watch(self, value: Any, depth: int = 2) -> None:
+        """Keep what the code could change in it: its members, and those of the containers that an object holds."""
         if isinstance(value, (dict, list, set)):
-            self.open[id(value)] = value, copy.copy(value)
+            if id(value) not in self.open:
+                self.open[id(value)] = value, copy.copy(value)
+        elif (
+            depth
+            and hasattr(value, "__dict__")
+            and not isinstance(value, (Module, Tensor, types.ModuleType, *_CONSTANTS))
+        ):
+            self._watch(vars(value), 0)
+            for member in list(vars(value).values()):
+                self._watch(member, depth - 1)
 
     def create_args_for_root(self, root_fn: Any, *_: Any) -> tuple[Any, list[Any]]:
         """Make the arguments that have no default, or all."""
@@ -183,6 +221,10 @@ class _Tracer(fx.Tracer):
 
     def kind_of(self, node: fx.Node) -> type:
         """What a value answers to isinstance."""
+        if node.op == "call_module" and self.root.get_submodule(str(node.target)) in (self.tensors or ()):
+            return Tensor
+        if node.op == "call_function" and node.target in _OPERATORS and self.tensors is not None:
+            return Tensor
         if node.op != "placeholder":
             self.refuse("it asks for the type of a value that it has computed")
         self.asked.add(cast(str, node.target))
@@ -324,37 +366,45 @@ def path_of(node: fx.Node) -> Path:
     return tuple(cast(str, node.target).split("."))
 
 
-def flows_of(owner: Module, looked_into: Collection[Module] = ()) -> list[Flow]:
+def flows_of(
+    owner: Module,
+    looked_into: Collection[Module] = (),
+    *,
+    modes: tuple[bool | None, ...] = (True, False),
+    tensors: Collection[Module] | None = None,
+) -> list[Flow]:
     """The paths through a forward: in training and evaluation, and for tensors and lists where it asks what it got.
 
     Args:
         owner: The module.
         looked_into: Modules to trace through, besides Sequentials.
+        modes: Values of `training`; None for those that the modules have.
+        tensors: Modules known to return tensors; where they are given, the paths are those of the model as it is now.
 
     Raises:
         UntraceableError: They cannot be known.
     """
-    if isinstance(owner, fx.GraphModule):  # which makes its classes itself, and cannot copy them with a trait
-        raise UntraceableError("torch.fx has written it, which is better done with the accelerated model")
     flows = []
     with _held(owner), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for training in (True, False):
-            for module in owner.modules():
+        for training in modes:
+            for module in owner.modules() if training is not None else ():
                 vars(module)["training"] = training
-            flow, asked = _flow(owner, looked_into, Tensor)
+            flow, asked = _flow(owner, looked_into, Tensor, tensors)
             flows.append(flow)
             if asked:
-                flows.append(_flow(owner, looked_into, list)[0])
+                flows.append(_flow(owner, looked_into, list, tensors)[0])
     return flows
 
 
-def _flow(owner: Module, looked_into: Collection[Module], kind: type) -> tuple[Flow, bool]:
+def _flow(
+    owner: Module, looked_into: Collection[Module], kind: type, tensors: Collection[Module] | None
+) -> tuple[Flow, bool]:
     try:
         with torch.enable_grad():
-            tracer = _Tracer(owner, looked_into, kind)
+            tracer = _Tracer(owner, looked_into, kind, tensors=tensors)
         with _other_modes():
-            other = _Tracer(owner, looked_into, kind)
+            other = _Tracer(owner, looked_into, kind, tensors=tensors)
     except UntraceableError:
         raise
     except Exception as error:
@@ -365,7 +415,7 @@ def _flow(owner: Module, looked_into: Collection[Module], kind: type) -> tuple[F
     if tracer.defaults:
         # Arguments with a default that are merely passed on may have any value.
         with contextlib.suppress(Exception), torch.enable_grad():
-            other = _Tracer(owner, looked_into, kind, optional=True)
+            other = _Tracer(owner, looked_into, kind, optional=True, tensors=tensors)
             if _signature(other) == _signature(tracer) and not other.asked - tracer.asked:
                 tracer, reads = other, reads | other.reads
     required = [name for name in tracer.accepts if name not in tracer.defaults]

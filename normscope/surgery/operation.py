@@ -32,6 +32,7 @@ class Surgery:
         skipped: Names of those that were not, each with the reason.
         notes: What else is worth knowing, one sentence each.
         details: What was measured or chosen, by name, for programs; what it holds is told by the operation.
+        recipe: What has to be known, besides the names, to do it again without the data it was made from; plain data.
     """
 
     operation: str
@@ -40,6 +41,7 @@ class Surgery:
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     details: Mapping[str, Any]
+    recipe: Mapping[str, Any]
     _before: Snapshot = field(repr=False)
     _original: Module = field(repr=False)
 
@@ -56,20 +58,27 @@ class Surgery:
         return f"Surgery({self.operation!r}, {len(self.changed)} changed, {len(self.skipped)} skipped)"
 
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self, shown: int = SHOWN) -> str:
+        """The report in words, with so many names of each kind."""
         head = f"{self.operation}: {len(self.changed)} changed, {len(self.skipped)} skipped"
         changed = [_shown(name) for name in self.changed]
         width = min(40, max((len(_shown(name)) for name, _ in self.skipped), default=0))
         skipped = [f"{_shown(name):{width}}  {reason}" for name, reason in self.skipped]
-        return "\n".join([head, *_rows("changed", changed), *_rows("skipped", skipped), *_rows("note", self.notes)])
+        # The last notes are of the whole: how it was proven, what it costs.
+        lists = (("changed", changed, 0), ("skipped", skipped, 0), ("note", self.notes, 3))
+        return "\n".join([head, *(row for label, lines, last in lists for row in _rows(label, lines, shown, last))])
 
 
 def _shown(name: str) -> str:
     return name or "(the model itself)"
 
 
-def _rows(label: str, lines: Sequence[str]) -> list[str]:
-    shown = [*lines[:SHOWN], *([f"… and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else [])]
-    return [f"  {label if k == 0 else '':7}  {line}" for k, line in enumerate(shown)]
+def _rows(label: str, lines: Sequence[str], shown: int, last: int) -> list[str]:
+    if len(lines) > shown:
+        lines = [*lines[: shown - last], f"… and {len(lines) - shown} more", *lines[len(lines) - last :]]
+    return [f"  {label if k == 0 else '':7}  {line}" for k, line in enumerate(lines)]
 
 
 class Draft:
@@ -87,6 +96,7 @@ class Draft:
         self.skipped: list[tuple[str, str]] = []
         self.notes: list[str] = []
         self.details: dict[str, Any] = {}
+        self.recipe: dict[str, Any] = {}
 
     def change(self, name: str) -> None:
         """Note that a module was changed."""
@@ -104,6 +114,7 @@ def operate(
     *,
     copy: bool = False,
     proof: Proof | None = None,
+    finish: Callable[[Draft], None] | None = None,
 ) -> Surgery:
     """Run an edit so that it happens wholly or not at all.
 
@@ -114,6 +125,7 @@ def operate(
             leaves the model as it was.
         copy: Edit a deep copy.
         proof: For an edit that claims to keep the function: how to show it.
+        finish: Runs last, with the edited and proven model; what it raises takes the edit back, too.
 
     Raises:
         ArgumentError: The model cannot be copied.
@@ -126,11 +138,13 @@ def operate(
         edit(draft)
         if proof is not None and reference is not None:
             draft.notes.append(proof.compare(reference, draft.model, operation))
+        if finish is not None:
+            finish(draft)
         with uninterrupted():
             draft.before.keep_changes()
             return Surgery(
                 operation, draft.model, tuple(draft.changed), tuple(draft.skipped), tuple(draft.notes),
-                types.MappingProxyType(draft.details), draft.before, original,
+                types.MappingProxyType(draft.details), draft.recipe, draft.before, original,
             )  # fmt: skip
     except BaseException:
         draft.before.restore()

@@ -46,14 +46,16 @@ class Proof:
         forward: `forward(model, batch)`; see `normscope.recalibrate`.
         double: Convert model and example to float64 for the runs, where the model allows it: a deep network can blow
             rounding up beyond the tolerance. Without it the proof is about what runs in production.
+        modes: The modes in which the function is kept.
     """
 
     example: Any
     forward: Forward | None = None
     double: bool = False
+    modes: tuple[str, ...] = ("evaluation", "training")
 
     def observe(self, model: Module) -> Observation:
-        """Run a model in both modes.
+        """Run a model in its modes.
 
         Raises:
             ArgumentError: It returns no tensor.
@@ -71,27 +73,30 @@ class Proof:
         Raises:
             ProofError: It computes something else.
         """
-        observation = self._observe(model, double=reference.double)
+        worst = self._worst(reference, self._observe(model, double=reference.double), reference.eps, operation)
+        modes = " and ".join(reference.outputs)
+        return f"same output in {modes} mode (largest difference {worst:.1e} of the tolerance)"
+
+    def _worst(self, reference: Observation, observation: Observation, eps: float, operation: str) -> float:
         worst = 0.0
         for mode, expected in reference.outputs.items():
             outputs = observation.outputs.get(mode)
-            problem = "it fails there" if outputs is None else _differs(expected, outputs, reference.eps)
+            problem = "it fails there" if outputs is None else _differs(expected, outputs, eps)
             if isinstance(problem, str):
                 raise ProofError(
                     f"{operation} would change what the model computes in {mode} mode: {problem}",
                     cure="the model is as it was; leave out modules with select=, or pass the example as it is used",
                 )
             worst = max(worst, problem)
-        modes = " and ".join(reference.outputs)
-        return f"same output in {modes} mode (largest difference {worst:.1e} of the tolerance)"
+        return worst
 
     def _observe(self, model: Module, *, double: bool) -> Observation:
         outputs, example = {}, _double(self.example) if double else self.example
         before = Snapshot(model)
-        for mode in ("evaluation", "training"):
+        for mode in self.modes:
             with before, quiet():
                 if double:
-                    model.double()
+                    self._widen(model)
                 model.train(mode == "training")
                 torch.manual_seed(0)  # whatever the edit has drawn
                 try:
@@ -102,6 +107,9 @@ class Proof:
                         raise
         floating = [t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
         return Observation(outputs, double, max((torch.finfo(dtype).eps for dtype in floating), default=0.0))
+
+    def _widen(self, model: Module) -> None:
+        model.double()
 
 
 def _double(example: Any) -> Any:

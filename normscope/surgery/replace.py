@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from normscope.surgery.prove import Proof
 from normscope.surgery.state import REGISTRIES, reach
 from normscope.surgery.traits import Trait, add_trait, traits_of
 
-__all__ = ["adopt", "exchange", "obstacle", "replace"]
+__all__ = ["adopt", "exchange", "obstacle", "replace", "replace_all"]
 
 
 def exchange(
@@ -121,14 +121,22 @@ def _rebind(hooks: object, old: Module, new: Module) -> None:
 
 def replace(draft: Draft, old: Module, new: Module) -> None:
     """Put `new` wherever the model holds `old`: under every name, in plain containers, as the model itself."""
+    replace_all(draft, {old: new})
+
+
+def replace_all(draft: Draft, pairs: Mapping[Module, Module]) -> None:
+    """`replace` many modules in one walk through the model."""
+
+    def taken(value: Any) -> Any:
+        return pairs.get(value, value) if isinstance(value, Module) else value
+
     for _, holder in list(reach(draft.model)):
         if isinstance(holder, dict):
             for key, value in holder.items():
-                if value is old:
+                if (new := taken(value)) is not value:
                     holder[key] = new  # keeps its place in the order
         elif isinstance(holder, (list, collections.deque)):
             for k, value in enumerate(holder):
-                if value is old:
+                if (new := taken(value)) is not value:
                     holder[k] = new
-    if draft.model is old:
-        draft.model = new
+    draft.model = taken(draft.model)

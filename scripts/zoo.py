@@ -1,0 +1,375 @@
+"""What the edits of models do to the architectures that people use: one table, model × operation × outcome.
+
+python scripts/zoo.py [--select PATTERN …] [--operation NAME …] [--again] [--write]
+
+Models of timm and transformers with random weights, normalizers with statistics far from 0 and 1 and γ of both signs,
+on small inputs; nothing is downloaded. Every outcome goes into zoo.json, and what is there is not computed again: the
+sweep can be stopped and taken up, or run in pieces. --write puts the table into docs/zoo.md.
+
+- *fold*: how many of the normalizers right behind a layer were folded. That they are is observed when the model runs:
+  the very tensor that a convolution, Linear or Embedding has returned goes into them. Behind the plus those that were
+  folded otherwise: before a layer, behind a concatenation or a reshaped output, behind another normalizer. Then the
+  largest difference over the largest output, in float64.
+- the others go there and back: *exact* means that output and model were as before, bit for bit.
+"""
+
+import argparse
+import contextlib
+import copy
+import fnmatch
+import importlib.machinery
+import inspect
+import json
+import re
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import normscope as ns
+from normscope.surgery import find, state_hash
+from normscope.surgery.forward import feed
+
+RESULTS, PAGE = Path("zoo.json"), Path(__file__).parents[1] / "docs" / "zoo.md"
+SIZES = (64, 96, 128, 224, 256)
+
+TIMM = (
+    "resnet18", "resnet26d", "resnext50_32x4d", "seresnet50", "ecaresnet26t", "skresnet18", "resnest14d",
+    "res2net50_14w_8s", "resnetv2_50", "resnetrs50", "resnetblur50", "gernet_s", "regnetx_002", "regnety_002",
+    "regnetz_b16", "vgg11_bn", "densenet121", "dla34", "dla60_res2net", "dpn48b", "legacy_xception", "xception41",
+    "inception_v3", "inception_v4", "inception_next_atto", "efficientnet_b0", "efficientnet_es", "tf_efficientnet_b0",
+    "tf_efficientnetv2_b0", "mixnet_s", "mnasnet_small", "semnasnet_075", "mobilenetv1_100", "mobilenetv2_050",
+    "mobilenetv3_small_050", "mobilenetv4_conv_small_050", "mobilenet_edgetpu_v2_xs", "fbnetc_100", "fbnetv3_b",
+    "spnasnet_100", "hardcorenas_a", "lcnet_050", "tinynet_e", "ghostnet_050", "ghostnetv2_100", "hrnet_w18_small",
+    "selecsls42b", "rexnet_100", "cspresnet50", "cspdarknet53", "vovnet39a", "ese_vovnet19b_dw", "repvgg_a0",
+    "mobileone_s0", "repghostnet_050", "repvit_m0_9", "fastvit_t8", "levit_128s", "levit_conv_128s",
+    "efficientformer_l1", "efficientformerv2_s0", "efficientvit_b0", "efficientvit_m0", "tiny_vit_5m_224",
+    "mobilevit_xxs", "mobilevitv2_050", "edgenext_xx_small", "convmixer_768_32", "xcit_nano_12_p16_224",
+    "visformer_tiny", "pvt_v2_b0", "nest_tiny", "coatnet_nano_rw_224", "maxvit_pico_rw_256", "halonet26t",
+    "lambda_resnet26t", "botnet26t_256", "gcresnext26ts", "shvit_s1", "starnet_s1", "swiftformer_xs", "fasternet_t0",
+    "hgnetv2_b0", "nextvit_small", "rdnet_tiny", "tresnet_m", "convnext_atto", "nfnet_l0", "poolformer_s12",
+    "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224", "pit_ti_224",
+)  # fmt: skip
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+TEXT = SMALL | {"vocab_size": 60}
+SPEECH = SMALL | {
+    "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+SERIES = {"num_input_channels": 3, "context_length": 32, "patch_length": 8, "d_model": 16}
+# Class, kind of input, settings of its configuration.
+TRANSFORMERS = (
+    ("ResNetModel", "image", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2]}),
+    ("RegNetModel", "image", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "groups_width": 8}),
+    ("MobileNetV1Model", "image", {"depth_multiplier": 0.25}),
+    ("MobileNetV2Model", "image", {"depth_multiplier": 0.25}),
+    ("EfficientNetModel", "image", {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}),
+    ("LevitModel", "image", {"image_size": 64, "hidden_sizes": [32, 48, 64], "depths": [2, 2, 2], "key_dim": [8] * 3}),
+    ("MobileViTModel", "image", {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 12, 16, 24, 32, 64]}),
+    ("MobileViTV2Model", "image", {"width_multiplier": 0.5}),
+    ("HGNetV2Backbone", "image", {}),
+    ("RTDetrResNetBackbone", "image", {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2]}),
+    ("SegformerForSemanticSegmentation", "image", {"hidden_sizes": [8, 16, 24, 32], "decoder_hidden_size": 16}),
+    ("SwiftFormerModel", "image", {"depths": [1, 1, 1, 1], "embed_dims": [16, 24, 32, 48]}),
+    ("CvtModel", "image", {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 3]}),
+    ("TextNetModel", "image", {}),
+    ("PoolFormerModel", "image", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}),
+    ("SuperPointForKeypointDetection", "image", {}),
+    ("Wav2Vec2ConformerModel", "wave", SPEECH),
+    ("PatchTSTModel", "series", SERIES | {"num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32}),
+    ("PatchTSMixerModel", "series", SERIES | {"num_layers": 2, "norm_mlp": "BatchNorm"}),
+    ("VitsModel", "text", {}),
+    ("ConvNextModel", "image", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}),
+    ("BertModel", "text", TEXT),
+    ("LlamaModel", "text", TEXT | {"num_key_value_heads": 2}),
+    ("T5EncoderModel", "text", {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 48}),
+)  # fmt: skip
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+class _Anything(type):
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+
+@contextlib.contextmanager
+def without_torchvision():
+    """timm asks torchvision for transforms of images when it is imported; of that nothing is needed here."""
+
+    class Module(types.ModuleType):
+        __path__ = ()
+
+        def __getattr__(self, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return _Anything(name, (), {})
+
+    class Finder:
+        def find_spec(self, name, *_):
+            here = name.partition(".")[0] == "torchvision"
+            return importlib.machinery.ModuleSpec(name, self, is_package=True) if here else None
+
+        def create_module(self, spec):
+            return Module(spec.name)
+
+        def exec_module(self, _):
+            pass
+
+    finder = Finder()
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+def of_timm(name):
+    """A model of timm and images of the smallest size that it takes."""
+    with without_torchvision():
+        import timm
+
+    for size in SIZES:
+        x = torch.randn(2, 3, size, size)
+        for options in ({}, {"img_size": size}):
+            with contextlib.suppress(Exception), torch.no_grad():
+                model = timm.create_model(name, num_classes=10, **options).eval()
+                model(x)
+                return model, x
+    raise RuntimeError(f"{name} takes no images of {SIZES[0]} to {SIZES[-1]} pixels")
+
+
+def of_transformers(name, kind, settings):
+    """A small model of transformers and an input."""
+    import transformers
+
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**settings)).eval()
+    x = {
+        "image": lambda: {"pixel_values": torch.randn(2, getattr(model.config, "num_channels", 3), 64, 64)},
+        "text": lambda: {"input_ids": torch.randint(0, 30, (2, 12))},
+        "wave": lambda: {"input_values": torch.randn(2, 800)},
+        "series": lambda: {"past_values": torch.randn(2, 32, 3)},
+    }[kind]()
+    return model, x
+
+
+def randomize(model):
+    """Statistics far from those of a new layer, γ of both signs: what a mistake cannot hide behind."""
+    with torch.no_grad():
+        for found in find(model):
+            for name, t in (*found.module.named_parameters(recurse=False), *found.module.named_buffers(recurse=False)):
+                if name == "running_var":
+                    t.uniform_(0.5, 2)
+                elif name == "running_mean":
+                    t.normal_(std=0.3)
+                elif name == "weight":
+                    t.uniform_(0.5, 1.5).mul_(torch.randint(0, 4, t.shape).clamp(max=1) * 2 - 1)
+                elif name == "bias":
+                    t.normal_(std=0.3)
+
+
+def models():
+    """Name → how to build model and input."""
+    found = {f"timm {name}": lambda name=name: of_timm(name) for name in TIMM}
+    found |= {f"transformers {entry[0]}": lambda entry=entry: of_transformers(*entry) for entry in TRANSFORMERS}
+    return found
+
+
+# --- operations ---------------------------------------------------------------------------------------------------
+
+
+def output(model, example):
+    """All tensors that come out, in evaluation."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        y = feed(model, example)
+    return [t for t in torch.utils._pytree.tree_leaves(y) if isinstance(t, torch.Tensor)]
+
+
+def wide(model, example):
+    """Outputs in float64, or, where a model holds to its dtype, in that."""
+    try:
+        doubled = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, example
+        )
+        return output(copy.deepcopy(model).double(), doubled)
+    except Exception:
+        return output(model, example)
+
+
+def right_behind(model, example):
+    """Normalizers with running statistics that get, in every call, the very tensor that a layer has returned."""
+    layers = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding)
+    marked, seen, handles = {}, {}, []
+
+    def leave(_module, _args, y):
+        marked[id(y)] = y
+
+    def enter(module, args):
+        seen[module] = seen.get(module, True) and id(args[0]) in marked
+
+    norms = {f.module for f in find(model) if f.running}
+    for module in model.modules():
+        if isinstance(module, layers):
+            handles.append(module.register_forward_hook(leave))
+        elif module in norms:
+            handles.append(module.register_forward_pre_hook(enter))
+    output(model, example)
+    for handle in handles:
+        handle.remove()
+    return {f.name for f in find(model) if seen.get(f.module)}
+
+
+def fold(model, example):
+    direct = right_behind(model, example)  # some models keep what they compute: the first run is before all
+    before, expected = state_hash(model), wide(model, example)
+    report = ns.fold(model, example)
+    folded = wide(model, example)
+    error = max(
+        ((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30)).item()
+        for a, b in zip(expected, folded, strict=True)
+        if a.is_floating_point() and a.numel()
+    )
+    report.undo()
+    hits = sum(name in direct for name in report.changed)
+    return {
+        "outcome": "exact" if error <= 1e-4 and state_hash(model) == before else "WRONG",
+        "norms": sum(f.running for f in find(model)),
+        "behind": len(direct),
+        "folded": hits,
+        "more": len(report.changed) - hits,
+        "error": error,
+        "left": sorted({re.sub(r"\d+", "#", reason) for name, reason in report.skipped if name in direct}),
+    }
+
+
+def there_and_back(there, back):
+    """An edit that keeps the function, and the one that takes it back."""
+
+    def operation(model, example):
+        expected = output(model, example)
+        before = state_hash(model)
+        report = there(model, example)
+        between = output(model, example)
+        same = all(
+            torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()), equal_nan=True)
+            for a, b in zip(expected, between, strict=True)
+            if a.is_floating_point() and a.numel()
+        )
+        back(model)
+        after = output(model, example)
+        again = all(torch.equal(a, b) or bool((a != a).any()) for a, b in zip(expected, after, strict=True))
+        exact = same and again and state_hash(model) == before
+        return {
+            "outcome": "exact" if exact else "WRONG",
+            "changed": len(report.changed),
+            "skipped": len(report.skipped),
+        }
+
+    return operation
+
+
+def convert(model, example):
+    before = state_hash(model)
+    report = ns.convert(model, {"BatchNorm": "GroupNorm(1)"})
+    left = sum(f.kind == "BatchNorm" for f in find(report.model))
+    finite = all(bool(t.isfinite().all()) for t in output(report.model, example) if t.is_floating_point())
+    report.undo()
+    right = finite and left == sum(name != "" for name, _ in report.skipped) and state_hash(model) == before
+    return {"outcome": "exact" if right else "WRONG", "changed": len(report.changed), "skipped": len(report.skipped)}
+
+
+OPERATIONS = {
+    "fold": fold,
+    "freeze": there_and_back(lambda m, _: ns.freeze(m), ns.unfreeze),
+    "synchronize": there_and_back(lambda m, _: ns.synchronize(m), ns.desynchronize),
+    "accelerate": there_and_back(ns.accelerate, ns.to_torch),
+} | ({"convert": convert} if hasattr(ns, "convert") else {})
+
+
+def outcome(operation, model, example):
+    """What an operation does to a model; an error that says what to do is a refusal."""
+    start = time.perf_counter()
+    try:
+        result = OPERATIONS[operation](model, example)
+    except ns.NormscopeError as error:
+        result = {"outcome": "refused", "reason": str(error).splitlines()[0]}
+    except Exception as error:
+        result = {"outcome": "FAILED", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return result | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def cell(operation, result):
+    """A cell of the table."""
+    if result is None or result["outcome"] != "exact":
+        return "" if result is None else f"{result['outcome']}: {result.get('reason', '')}"[:60].rstrip(": ")
+    if operation == "fold":
+        more = f" + {result['more']}" if result["more"] else ""
+        return f"{result['folded']}/{result['behind']}{more}, {result['error']:.0e}" if result["norms"] else "–"
+    return f"exact, {result['changed']}" if result["changed"] else "–"
+
+
+def table(results):
+    """The page: sums, a row per model, and why a normalizer right behind a layer stayed."""
+    names = [name for name in models() if name in results]
+    rows = [f"| model | {' | '.join(OPERATIONS)} |", f"|---|{'---|' * len(OPERATIONS)}"]
+    rows += [f"| {n} | {' | '.join(cell(o, results[n].get(o)) for o in OPERATIONS)} |" for n in names]
+    folds = {n: results[n]["fold"] for n in names if results[n].get("fold", {}).get("outcome") == "exact"}
+    behind, folded, more = (sum(f[key] for f in folds.values()) for key in ("behind", "folded", "more"))
+    wrong = [f"{n} {o}" for n in names for o, r in results[n].items() if r["outcome"] in ("WRONG", "FAILED")]
+    head = [
+        f"{len(names)} models. Folded: {folded} of {behind} normalizers right behind a layer"
+        f" ({100 * folded / max(behind, 1):.1f} %), and {more} others."
+        f" Refused: {sum(r['outcome'] == 'refused' for n in names for r in results[n].values())}."
+        f" Wrong: {', '.join(wrong) or 'none'}."
+    ]
+    why = [f"- {n}: {f['left'][0]}{', …' if f['left'][1:] else ''}" for n, f in folds.items() if f["left"]]
+    return "\n".join([*head, "", *rows, "", "Right behind a layer, and left:", "", *(why or ["- none"])])
+
+
+def main():
+    """Compute what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules[__name__]).splitlines()[0])
+    parser.add_argument("--select", nargs="*", default=["*"], help="patterns of names, as 'timm res*'")
+    parser.add_argument("--operation", nargs="*", default=list(OPERATIONS), choices=list(OPERATIONS))
+    parser.add_argument("--again", action="store_true", help="compute what is there, too")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/zoo.md")
+    given = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    warnings.simplefilter("ignore")
+    for name, build in models().items():
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in given.select):
+            continue
+        missing = [o for o in given.operation if given.again or o not in results.get(name, {})]
+        if missing:
+            torch.manual_seed(0)
+            model, example = build()
+            randomize(model)
+        for operation in missing:
+            result = outcome(operation, copy.deepcopy(model), example)
+            results.setdefault(name, {})[operation] = result
+            RESULTS.write_text(json.dumps(results, indent=1))
+            print(name, operation, cell(operation, result), f"{result['seconds']} s", file=sys.stderr, flush=True)
+    text = table(results)
+    print(text)
+    if given.write:
+        marker = "<!-- scripts/zoo.py -->\n"
+        PAGE.write_text(PAGE.read_text().partition(marker)[0] + marker + text + "\n")
+
+
+if __name__ == "__main__":
+    main()
