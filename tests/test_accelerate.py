@@ -270,7 +270,7 @@ def step(model, x, g=None):
 
 
 def assert_same(ours, theirs, tolerance):
-    """|a − b| ≤ tolerance · max(1, max|b|): sums over the whole tensor round in another order, measured up to 2.1e-5."""
+    """|a − b| ≤ tolerance · max(1, max|b|): sums over the whole tensor round in another order, up to 2.1e-5."""
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(1.0, b.abs().max().item()))

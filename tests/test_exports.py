@@ -14,7 +14,7 @@ PUBLIC = {
         "StateNotRestoredError", "Thresholds", "UnhealthyError", "__version__", "assert_healthy", "backends",
         "check", "freeze", "functional", "load", "moments", "nn", "normalize", "plan", "recalibrate", "unfreeze",
         "SynchronizationError", "desynchronize", "optim", "parametrizations", "pause_statistics",
-        "provisional_statistics", "states", "synchronize", "accelerate", "to_torch", "convert", "adapt",
+        "provisional_statistics", "states", "synchronize", "accelerate", "to_torch", "convert", "adapt", "fold",
         "split_statistics",
     ],
     "normscope.functional": ["add_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"],
