@@ -3,7 +3,7 @@
 python scripts/zoo.py [--select PATTERN …] [--operation NAME …] [--again] [--write]
 
 Models of timm and transformers with random weights, normalizers with statistics far from 0 and 1 and γ of both signs,
-on small inputs; nothing is downloaded. Every outcome goes into docs/zoo.json, and what is there is not computed again: the
+on small inputs; nothing is downloaded. Outcomes go into docs/zoo.json, and what is there is not computed again: the
 sweep can be stopped and taken up, or run in pieces. --write puts the table into docs/zoo.md.
 
 - *fold*: how many of the normalizers right behind a layer were folded. That they are is observed when the model runs:
