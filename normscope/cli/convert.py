@@ -8,6 +8,7 @@ import click
 
 from normscope import convert as convert_model
 from normscope.cli.group import FINDINGS, main, progress
+from normscope.cli.surgery import keep
 from normscope.errors import ArgumentError
 
 __all__ = ["convert"]
@@ -55,14 +56,12 @@ def convert(
     check.
     """
     from normscope.cli import load
-    from normscope.doctor import checkpoint
 
     if not out.parent.is_dir():
         raise click.BadParameter(f"there is no folder {out.parent}", param_hint="-o")
     with progress("building the model"):
         built = load.build_model(model)
         load.weights(built, weights)
-        done = [] if weights is None else list(checkpoint.operations(weights))
         loader = None if data is None else load.build_loader(data, model)
     with progress("converting"), load.their_code():
         report = convert_model(
@@ -81,10 +80,7 @@ def convert(
             "to": [text for text, _ in layers.values()],
             "shapes": [list(shape) for _, shapes in layers.values() for shape in shapes or ((),)],
         }
-        try:
-            checkpoint.write(report.model, [*done, operation], out)
-        except (OSError, RuntimeError) as error:
-            raise ArgumentError(f"{out} cannot be written: {error}", cure="name another path with -o") from None
+        keep(report.model, operation, weights, out)
         click.echo(f"written: {out}")
     if report.skipped or not report.changed:
         raise click.exceptions.Exit(FINDINGS)

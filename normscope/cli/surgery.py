@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from normscope.surgery import Surgery
 
-__all__ = ["Patient", "admitted", "discharge", "edits", "fold"]
+__all__ = ["Patient", "admitted", "discharge", "edits", "fold", "keep"]
 
 
 class Patient(NamedTuple):
@@ -74,17 +74,24 @@ def admitted(given: dict[str, Any]) -> Patient:
     return Patient(model.to(load.describe(given["device"])), loader, load.function(given["forward"], near))
 
 
+def keep(model: Module, operation: Mapping[str, Any], weights: Path | None, out: Path) -> None:
+    """Write the checkpoint: the operation behind those that the loaded weights had seen."""
+    from normscope.doctor import checkpoint
+
+    earlier = () if weights is None else checkpoint.operations(weights)
+    try:
+        checkpoint.write(model, [*earlier, operation], out)
+    except (OSError, RuntimeError) as error:
+        raise ArgumentError(f"{out} cannot be written: {error}", cure="name another path with -o") from None
+
+
 def discharge(surgery: Surgery, given: dict[str, Any]) -> None:
     """Write the checkpoint, with what had been done to the model before, and print the report."""
     from normscope.doctor import checkpoint
 
     out = given["out"]
     if out is not None:
-        earlier = () if given["weights"] is None else checkpoint.operations(given["weights"])
-        try:
-            checkpoint.write(surgery.model, [*earlier, checkpoint.noted(surgery)], out)
-        except (OSError, RuntimeError) as error:
-            raise ArgumentError(f"{out} cannot be written: {error}", cure="name another path with -o") from None
+        keep(surgery.model, checkpoint.noted(surgery), given["weights"], out)
     if given["form"] == "json":
         record = {
             "operation": surgery.operation,

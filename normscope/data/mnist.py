@@ -7,6 +7,7 @@ R. Vollgraf, "Fashion-MNIST", 2017, arXiv 1708.07747. Nothing is downloaded.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from normscope.data.dataset import DataSet
@@ -73,16 +74,11 @@ def load_mnist() -> DataSet:
             cure=f"put {', '.join(name for name, _, _ in FILES.values())} into <folder>/mnist "
             f"and set {FOLDER_VARIABLE}=<folder>; or use the embedded digits",
         )
-    part = {key: read_idx(folder / name, shape=shape, sha256=sha) for key, (name, shape, sha) in FILES.items()}
-    return DataSet(
+    return _read(
+        folder,
+        {key: sha for key, (_, _, sha) in FILES.items()},
         name="mnist",
         title="MNIST",
-        train_x=part["train_x"],
-        train_y=part["train_y"],
-        test_x=part["test_x"],
-        test_y=part["test_y"],
-        top=255,
-        classes=10,
         source="Y. LeCun, C. Cortes, C. J. C. Burges, The MNIST database of handwritten digits, 1998",
         licence="not stated by the authors",
     )
@@ -101,16 +97,17 @@ def load_fashion_mnist() -> DataSet:
             cure=f"put {', '.join(name for name, _, _ in FILES.values())} into <folder>/fashion-mnist "
             f"and set {FOLDER_VARIABLE}=<folder>",
         )
-    part = {key: read_idx(folder / name, shape=shape, sha256=FASHION[key]) for key, (name, shape, _) in FILES.items()}
-    return DataSet(
+    return _read(
+        folder,
+        FASHION,
         name="fashion-mnist",
         title="Fashion-MNIST",
-        train_x=part["train_x"],
-        train_y=part["train_y"],
-        test_x=part["test_x"],
-        test_y=part["test_y"],
-        top=255,
-        classes=10,
         source="H. Xiao, K. Rasul, R. Vollgraf, Fashion-MNIST, 2017, arXiv 1708.07747",
         licence="MIT",
     )
+
+
+def _read(folder: Path, checksums: Mapping[str, str], *, name: str, title: str, source: str, licence: str) -> DataSet:
+    """Both have files of the same names and shapes."""
+    part = {key: read_idx(folder / file, shape=shape, sha256=checksums[key]) for key, (file, shape, _) in FILES.items()}
+    return DataSet(**part, name=name, title=title, top=255, classes=10, source=source, licence=licence)

@@ -222,10 +222,6 @@ _REPLAY: dict[str, Callable[[Module, list[str]], object]] = {
     "give-statistics": give,
     "replace-norm": instance_norm,
 }
-# Those that need more than the names of layers.
-_AGAIN: dict[str, Callable[[Module, list[str], Mapping[str, Any]], object]] = {"fold": refold}
-# Their result lies in the state_dict.
-_STORED = ("recal", "copy-buffers", "absorb-bias")
 
 
 def _convert(model: Module, operation: Mapping[str, Any]) -> None:
@@ -233,20 +229,27 @@ def _convert(model: Module, operation: Mapping[str, Any]) -> None:
     replay(model, layers, affine=bool(operation["affine"]))
 
 
+def _refold(model: Module, operation: Mapping[str, Any]) -> None:
+    refold(model, [str(name) for name in operation.get("layers", ())], operation.get("recipe", {}))
+
+
+# Those that need more than the names of layers.
+_AGAIN: dict[str, Callable[[Module, Mapping[str, Any]], object]] = {"convert": _convert, "fold": _refold}
+# Their result lies in the state_dict.
+_STORED = ("recal", "copy-buffers", "absorb-bias")
+
+
 def _replay(model: Module, operation: Mapping[str, Any]) -> str:
     code, layers = str(operation.get("code")), [str(name) for name in operation.get("layers", ())]
-    if code in _REPLAY or code in _AGAIN:
-        if code in _REPLAY:
-            _REPLAY[code](model, layers)
-        else:
-            _AGAIN[code](model, layers, operation.get("recipe", {}))
-        return f"done again: {operation.get('text')}"
-    if code == "convert":
-        _convert(model, operation)
-        return f"done again: {operation.get('text')}"
-    if code not in _STORED:
+    if code in _STORED:
+        return ""
+    if code in _REPLAY:
+        _REPLAY[code](model, layers)
+    elif code in _AGAIN:
+        _AGAIN[code](model, operation)
+    else:
         raise DataError(f"the checkpoint's operation {code!r} is unknown here", cure="update normscope")
-    return ""
+    return f"done again: {operation.get('text')}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -131,16 +131,21 @@ def _freeze(case: Case) -> Surgery:
     return freeze(case.model, select=list(case.layers))
 
 
-def _recalibrate_and_freeze(case: Case) -> Surgery:
-    """In this order: frozen layers are not recalibrated."""
+def _one_after_the_other(name: str, case: Case, *remedies: Callable[[Case], Surgery]) -> Surgery:
+    """Several remedies as one, in their order."""
 
     def edit(draft: Draft) -> None:
         inner = dataclasses.replace(case, model=draft.model)
-        for surgery in (_recalibrate(inner), _freeze(inner)):
-            for name in surgery.changed:
-                draft.change(name)
+        for remedy in remedies:
+            for changed in remedy(inner).changed:
+                draft.change(changed)
 
-    return operate("recalibrate_and_freeze", case.model, edit)
+    return operate(name, case.model, edit)
+
+
+def _recalibrate_and_freeze(case: Case) -> Surgery:
+    """In this order: frozen layers are not recalibrated."""
+    return _one_after_the_other("recalibrate_and_freeze", case, _recalibrate, _freeze)
 
 
 def _momentum(case: Case) -> Surgery:
@@ -293,14 +298,7 @@ def widen(model: Module, layers: Sequence[str]) -> Surgery:
 
 def _float32_recal(case: Case) -> Surgery:
     """First the room for the digits, then the digits."""
-
-    def edit(draft: Draft) -> None:
-        inner = dataclasses.replace(case, model=draft.model)
-        for surgery in (_float32(inner), _recalibrate(inner)):
-            for name in surgery.changed:
-                draft.change(name)
-
-    return operate("float32_recal", case.model, edit)
+    return _one_after_the_other("float32_recal", case, _float32, _recalibrate)
 
 
 def _eps(case: Case) -> Surgery:
