@@ -631,6 +631,6 @@ def main():
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    # Gloo's threads outlive `destroy_process_group`. One that touches a Python object while the interpreter is taken down
-    # is ended in the middle of C++: "terminate called without an active exception", once in some hundred runs.
+    # Gloo's threads outlive `destroy_process_group`. One that touches a Python object while the interpreter is taken
+    # down is ended in the middle of C++: "terminate called without an active exception", once in some hundred runs.
     os._exit(status)
