@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from normscope.errors import ArgumentError, DegenerateScopeError, DtypeError
-from normscope.functional import compiled
+from normscope.functional import compiled, shortcut
 from normscope.functional.autograd import Operands, is_plain, normalize_parts
 from normscope.functional.running import Running, update_running
 from normscope.functional.view import View, scope_of, view_of
@@ -103,10 +104,12 @@ def apply(
     var: Tensor | None = None,
     mask: Tensor | None = None,
     running: Running | None = None,
+    way: Hashable = None,
 ) -> Normalized:
     """Normalize, and move the running statistics by what was found.
 
-    weight and bias have the params' shape, mask, mean and var already broadcast through the parts.
+    weight and bias have the params' shape, mask, mean and var already broadcast through the parts; `way` is what
+    `shortcut.enter` will find this call by.
     """
     check_activation(formula.activation)
     residual = view.residual(residual)
@@ -117,6 +120,8 @@ def apply(
         moved = running if running is not None and recipe.tracks(running, mask) else None
         y, statistics = compiled.normalize(recipe, x, weight, bias, residual, mean, var, mask, moved)
         done = Normalized(y, view, recipe, statistics)
+        if way is not None and mask is None and (running is None or moved is not None):
+            shortcut.learn(way, recipe, x, weight, bias, moved, mean)
     else:
         moved = None
         y, mean, var = normalize_parts(Operands.seen(view, x, weight, bias, residual, mean, var, mask), formula)

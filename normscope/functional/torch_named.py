@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normscope.errors import ArgumentError, ShapeError
+from normscope.functional import shortcut
 from normscope.functional.core import View, apply, check_dtype, view_of
 from normscope.functional.running import Running
 from normscope.kernels import COMPUTE_DTYPE
@@ -66,6 +67,12 @@ def batch_norm(
             batch_norm, tensors, input, running_mean, running_var, weight=weight, bias=bias, training=training,
             momentum=momentum, eps=eps, activation=activation, residual=residual, mask=mask,
         )  # fmt: skip
+    way = (batch_norm, training, eps, activation)
+    if (
+        mask is None
+        and (y := shortcut.enter(way, input, weight, bias, residual, running_mean, running_var, momentum)) is not None
+    ):
+        return y
     check_dtype(input, "batch_norm")
     if input.dim() == 1 and input.numel() == 0:  # torch's one exception to (N, C, *)
         return input.clone()
@@ -79,7 +86,7 @@ def batch_norm(
     _check_running(running_mean, running_var, needed=not training)
     return _with_running(
         input, view, (running_mean, running_var), training, momentum,
-        Formula(view.inside, eps, activation=activation), weight, bias, residual, mask,
+        Formula(view.inside, eps, activation=activation), weight, bias, residual, mask, way,
     )  # fmt: skip
 
 
@@ -129,6 +136,12 @@ def instance_norm(
             use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation, residual=residual,
             mask=mask,
         )  # fmt: skip
+    way = (instance_norm, use_input_stats, eps, activation)
+    if (
+        mask is None
+        and (y := shortcut.enter(way, input, weight, bias, residual, running_mean, running_var, momentum)) is not None
+    ):
+        return y
     check_dtype(input, "batch_norm")
     if use_input_stats and math.prod(input.shape[2:]) == 1:
         raise ShapeError(
@@ -146,7 +159,7 @@ def instance_norm(
     _check_running(running_mean, running_var, needed=False)
     return _with_running(
         input, view, (running_mean, running_var), use_input_stats, momentum,
-        Formula(view.inside, eps, activation=activation), weight, bias, residual, mask,
+        Formula(view.inside, eps, activation=activation), weight, bias, residual, mask, way,
     )  # fmt: skip
 
 
@@ -279,6 +292,9 @@ def group_norm(
             group_norm, tensors, input, num_groups, weight=weight, bias=bias, eps=eps, activation=activation,
             residual=residual, mask=mask,
         )  # fmt: skip
+    way = (group_norm, num_groups, eps, activation)
+    if mask is None and (y := shortcut.enter(way, input, weight, bias, residual)) is not None:
+        return y
     check_dtype(input, "GroupNormKernelImpl")
     shape = tuple(input.shape)
     if len(shape) < 2:
@@ -305,7 +321,8 @@ def group_norm(
     x = _autocast(input)
     view = view_of(x, SCOPES["GroupNorm"].pattern, {"g": num_groups}, "c")
     formula = Formula(view.inside, eps, activation=activation)
-    return apply(x, view, formula, weight=weight, bias=bias, residual=residual, mask=view.mask(mask, (1,))).y
+    keep = view.mask(mask, (1,))
+    return apply(x, view, formula, weight=weight, bias=bias, residual=residual, mask=keep, way=way).y
 
 
 def add_norm(
@@ -379,6 +396,9 @@ def _trailing(
     mask: Tensor | None,
     expected: str,
 ) -> Tensor:
+    way = (_trailing, tuple(normalized_shape), eps, center, activation)
+    if mask is None and (y := shortcut.enter(way, x, weight, bias, residual)) is not None:
+        return y
     sizes = list(normalized_shape)
     if not sizes:
         raise ShapeError(
@@ -406,7 +426,8 @@ def _trailing(
     names = " ".join(f"c{k}" for k in range(len(sizes))) if len(sizes) > 1 else "c"
     view = view_of(x, SCOPES["LayerNorm"].pattern.replace("c", names), {}, names)
     formula = Formula(view.inside, eps, center, activation=activation)
-    return apply(x, view, formula, weight=weight, bias=bias, residual=residual, mask=view.mask(mask, view.params)).y
+    keep = view.mask(mask, view.params)
+    return apply(x, view, formula, weight=weight, bias=bias, residual=residual, mask=keep, way=way).y
 
 
 def _with_running(
@@ -420,6 +441,7 @@ def _with_running(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
+    way: Hashable,
 ) -> Tensor:
     """Normalize by the input and update the running statistics, or by the running statistics."""
     keep = view.mask(mask, view.params)
@@ -429,8 +451,9 @@ def _with_running(
     tracks = from_input and (running[0] is not None or running[1] is not None)
     moved = Running(*running, momentum) if tracks else None
     return apply(
-        x, view, formula, weight=weight, bias=bias, residual=residual, mean=mean, var=var, mask=keep, running=moved
-    ).y
+        x, view, formula, weight=weight, bias=bias, residual=residual, mean=mean, var=var, mask=keep, running=moved,
+        way=way,
+    ).y  # fmt: skip
 
 
 def _channel_view(x: Tensor, pattern: str) -> View:

@@ -24,10 +24,13 @@ __all__ = [
     "Layout",
     "autograd_missing",
     "backward",
+    "door",
+    "enter",
     "flat",
     "forward",
     "isa",
     "layout_of",
+    "learn",
     "missing",
     "normalize",
     "passes",
@@ -246,6 +249,37 @@ def normalize(
         x, weight, bias, residual, mask, mean, var, running_mean, running_var, momentum, skip_nonfinite, number
     )
     return result
+
+
+def door() -> int:
+    """A place where `learn` puts what calls of one kind have led to, and `enter` finds it."""
+    number: int = torch.ops.normscope.door()
+    return number
+
+
+def learn(
+    door: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, tracked: bool, given: bool, number: int
+) -> None:
+    """Remember the recipe for these sizes, strides and dtype, and what becomes of running statistics."""
+    torch.ops.normscope.learn(door, x, weight, bias, tracked, given, number)
+
+
+def enter(
+    door: int,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    skip_nonfinite: bool,
+) -> Tensor | None:
+    """y by what was learned behind a door, or None."""
+    y: Tensor | None = torch.ops.normscope.enter.default(
+        door, x, weight, bias, residual, running_mean, running_var, momentum, skip_nonfinite
+    )
+    return y
 
 
 class Gradients(NamedTuple):
