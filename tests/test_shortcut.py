@@ -1,4 +1,4 @@
-"""Calls of a kind that was seen before skip the checks: they must give what the first one gave, and see every difference."""
+"""Calls of a kind seen before skip the checks: they must give what the first one gave, and see every difference."""
 
 import pytest
 import torch

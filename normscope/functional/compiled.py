@@ -95,8 +95,9 @@ def recipe_of(
 
 
 def _recipe(x: Tensor, view: View, formula: Formula, learned: bool) -> Recipe | None:
-    layout = layout_of(x, view, view.params if learned else ())
-    if layout is None:
+    params = view.params if learned else ()
+    layout, by_memory = (layout_of(x, view, params, given=given) for given in (False, True))
+    if layout is None or by_memory is None:
         return None
     parts = range(len(view.sizes))
     met = [i for axis in view.params for i in parts if view.scope.parts[i].axis == axis and view.sizes[i] != 1]
@@ -106,17 +107,18 @@ def _recipe(x: Tensor, view: View, formula: Formula, learned: bool) -> Recipe | 
     _library()
     origin = json.dumps([*view.origin, *formula])
     free, given = (
-        cpu.recipe(layout, formula, fixed=fixed, correction=recipe.correction, origin=origin) for fixed in (False, True)
+        cpu.recipe(way, formula, fixed=fixed, correction=recipe.correction, origin=origin)
+        for way, fixed in ((layout, False), (by_memory, True))
     )
     return recipe._replace(number=(free, given))
 
 
-def layout_of(x: Tensor, view: View, params: tuple[int, ...]) -> cpu.Layout | None:
+def layout_of(x: Tensor, view: View, params: tuple[int, ...], *, given: bool = False) -> cpu.Layout | None:
     """How the compiled kernels see a tensor, or None where the eager ones serve it."""
     if not x.is_cpu or x.dtype not in cpu.DTYPES or x.numel() == 0 or cpu.missing():
         return None
     varies = tuple(part.axis in params for part in view.scope.parts)
-    return cpu.layout_of(view.sizes, view.unfold(x.detach()).stride(), view.inside, varies)
+    return cpu.layout_of(view.sizes, view.unfold(x.detach()).stride(), view.inside, varies, given=given)
 
 
 def normalize(

@@ -8,6 +8,7 @@ as long as normalizing 3 MB. So the first call with certain arguments, sizes and
 from __future__ import annotations
 
 from collections.abc import Hashable
+
 from torch import Tensor
 
 from normscope.functional import running as statistics_policy
@@ -44,7 +45,7 @@ def enter(
         var: Running variance.
         momentum: Weight of the batch in these.
     """
-    if not is_plain():
+    if not is_plain() or cpu.autograd_missing() is not None:
         return None
     door = _doors.get(way)
     if door is None or type(momentum) is not float:

@@ -46,6 +46,7 @@ FUSED: dict[str | None, int] = {None: 0} | {name: number for number, name in enu
 # Runs inside S that are shorter are columns of an across loop, folded into their sets: a 7×7 map along its 49 cells ran
 # at 0.12 of the copy, as columns at 0.2 to 0.7; 14×14 maps from memory at 0.29 and 0.32.
 SHORT_RUN = 256
+GIVEN_SHORT_RUN = 128  # the same where moments are given: there is nothing to sum, and memory is swept in its order
 TINY_RUN = 8  # the same where a set is a single run, so that there is nothing to add up row by row
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,11 +69,13 @@ def missing() -> str | None:
     return None
 
 
-@lru_cache(maxsize=1)
 def autograd_missing() -> str | None:
     """Why the steps between the kernels are taken in Python, or None where C++ takes them."""
-    if (reason := missing()) is not None:
-        return reason
+    return missing() or _autograd_failure()
+
+
+@lru_cache(maxsize=1)
+def _autograd_failure() -> str | None:
     if os.environ.get("NORMSCOPE_AUTOGRAD") == "python":
         return "switched off by NORMSCOPE_AUTOGRAD=python"
     if not _AUTOGRAD.exists():
@@ -123,7 +126,12 @@ _ONE = _Axis(1, 0, False, False, 0)
 
 @lru_cache(maxsize=4096)
 def layout_of(
-    shape: tuple[int, ...], strides: tuple[int, ...], inside: tuple[int, ...], varies: tuple[bool, ...]
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    inside: tuple[int, ...],
+    varies: tuple[bool, ...],
+    *,
+    given: bool = False,
 ) -> Layout | None:
     """The order of the loops for a tensor, or None when it is not dense or its scope is too ragged for them.
 
@@ -132,6 +140,7 @@ def layout_of(
         strides: Strides of the parts.
         inside: Positions of the averaged parts.
         varies: Whether weight or bias vary along each part.
+        given: Whether it is for moments that are given; only the order of the loops differs.
     """
     order = sorted((i for i, size in enumerate(shape) if size != 1), key=lambda i: -strides[i])
     params = tuple(i for i in order if varies[i])
@@ -142,7 +151,7 @@ def layout_of(
         axes.append(_Axis(shape[i], step, i in inside, varies[i], param if varies[i] else 0))
         step *= shape[i]
         param *= shape[i] if varies[i] else 1
-    plan = _plan(_merged(axes[::-1]))
+    plan = _plan(_merged(axes[::-1]), GIVEN_SHORT_RUN if given else SHORT_RUN)
     if plan is None:
         return None
     sets = tuple(i for i in order if i not in inside)
@@ -159,7 +168,7 @@ def _merged(axes: Sequence[_Axis]) -> list[_Axis]:
     return merged
 
 
-def _plan(axes: list[_Axis]) -> tuple[int, ...] | None:
+def _plan(axes: list[_Axis], short_run: int) -> tuple[int, ...] | None:
     if not axes:
         return None
     *outer, inner = axes
@@ -168,7 +177,7 @@ def _plan(axes: list[_Axis]) -> tuple[int, ...] | None:
     if across:
         column, inner = inner, _ONE
     elif not (outer and outer[-1].inside):
-        across = inner.size < (SHORT_RUN if any(axis.inside for axis in outer) else TINY_RUN)
+        across = inner.size < (short_run if any(axis.inside for axis in outer) else TINY_RUN)
         if across:
             fold = inner.size
             column = outer.pop() if outer else _ONE

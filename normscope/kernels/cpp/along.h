@@ -163,27 +163,41 @@ void forward_along(const Forward& f) {
     }
   };
   with_act<T>(f.activation, [&](auto act) {
+    auto write = [&](int64_t t, const Axis& task, int64_t offset, int64_t j, int64_t n, int64_t row) __attribute__((always_inline)) {
+      offset += task.stride;
+      const int64_t at = task.param + row;
+      const T* x = tensors.x + offset;
+      const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, !inner && f.weight ? f.weight[at] : 1.f,
+                          !inner && f.bias ? f.bias[at] : 0.f);
+      const W high = step(l.high), factor = step(l.factor), shift = step(l.shift);
+      if (params.weight) {
+        const float *weight = params.weight.get() + params.place(at) + j, *bias = params.bias.get() + params.place(at) + j;
+        write_run<act.value>(f, tensors, offset, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+          return ((cells.load(x + i) - high) * factor + shift) * get(weight + i) + get(bias + i);
+        });
+      } else {
+        write_run<act.value>(f, tensors, offset, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+          return (cells.load(x + i) - high) * factor + shift;
+        });
+      }
+    };
     auto apply = [&](int64_t t, int64_t b) {
       const Axis task = p.task(t);
-      along.block(b, [&](int64_t offset, int64_t j, int64_t n, int64_t row) {
-        offset += task.stride;
-        const int64_t at = task.param + row;
-        const T* x = tensors.x + offset;
-        const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, !inner && f.weight ? f.weight[at] : 1.f,
-                            !inner && f.bias ? f.bias[at] : 0.f);
-        const W high = step(l.high), factor = step(l.factor), shift = step(l.shift);
-        if (params.weight) {
-          const float *weight = params.weight.get() + params.place(at) + j, *bias = params.bias.get() + params.place(at) + j;
-          write_run<act.value>(f, tensors, offset, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
-            return ((cells.load(x + i) - high) * factor + shift) * get(weight + i) + get(bias + i);
-          });
-        } else {
-          write_run<act.value>(f, tensors, offset, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
-            return (cells.load(x + i) - high) * factor + shift;
-          });
-        }
-      });
+      along.block(b, [&](int64_t offset, int64_t j, int64_t n, int64_t row) { write(t, task, offset, j, n, row); });
     };
+    if (f.given && along.rows > 1 && p.rows[1].stride > p.tasks[2].stride) {  // no slab to keep: in the order of memory
+      finish(0, tasks);
+      auto in_order = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const Axis row = p.row(i / tasks), task = p.task(i % tasks);
+          for (int64_t j = 0; j < p.length; j += kSegment)
+            write(i % tasks, task, row.stride + j, j, std::min(kSegment, p.length - j), row.param);
+        }
+        finish_streams();
+      };
+      parallel_for(tasks * along.rows, std::max<int64_t>(1, kGrain / p.length), in_order);
+      return;
+    }
     sweep(p, tasks, blocks, p.cells(), f.given, guess, statistics, finish, apply);
   });
 }

@@ -138,9 +138,10 @@ class Normalize : public torch::autograd::Function<Normalize> {
  public:
   static variable_list forward(AutogradContext* context, const Tensor& x, const Optional& weight, const Optional& bias,
                                const Optional& residual, const Optional& mask, const Optional& mean, const Optional& var,
-                               int64_t number) {
+                               int64_t number, Tensor* statistics_out) {
     const Recipe& recipe = recipe_of(number);
     const auto [y, statistics] = normalize(x, weight, bias, residual, mask, mean, var, recipe);
+    *statistics_out = statistics;  // not an output of the node: it has no gradient
     // A residual serves only to compute z again; for the gate of a ReLU y does, which the next layer keeps anyway.
     // (float16 has one kind of loop for all activations, which reads z.)
     const int64_t activation = recipe.flags >> 3;
@@ -152,14 +153,12 @@ class Normalize : public torch::autograd::Function<Normalize> {
     saved[kMask] = mask.value_or(Tensor()), saved[kStatistics] = statistics;
     context->save_for_backward(std::move(saved));
     context->set_materialize_grads(false);
-    context->mark_non_differentiable({statistics});
-    context->saved_data["recipe"] = number;
-    context->saved_data["residual"] = residual.has_value();
-    return {y, statistics};
+    context->saved_data["call"] = 2 * number + residual.has_value();  // one entry: each is an allocation
+    return {y};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    variable_list found(8);  // one per argument of forward
+    variable_list found(9);  // one per argument of forward
     if (!grads[0].defined()) return found;
     const variable_list saved = context->get_saved_variables();  // once: checkpoints allow no more
     const bool has_weight = saved[kWeight].defined(), has_bias = saved[kBias].defined();
@@ -167,9 +166,10 @@ class Normalize : public torch::autograd::Function<Normalize> {
     const bool x = context->needs_input_grad(edge++);
     const bool weight = has_weight && context->needs_input_grad(edge++);
     const bool bias = has_bias && context->needs_input_grad(edge++);
-    const bool residual = context->saved_data["residual"].toBool() && context->needs_input_grad(edge++);
+    const int64_t call = context->saved_data["call"].toInt();
+    const bool residual = call % 2 && context->needs_input_grad(edge++);
     const std::array<bool, 4> needs = {x, weight, bias, residual};
-    const Recipe& recipe = recipe_of(context->saved_data["recipe"].toInt());
+    const Recipe& recipe = recipe_of(call / 2);
     if (at::GradMode::is_enabled())  // under create_graph the gradient itself must be differentiable
       differentiable(grads[0], saved, recipe, needs, found);
     else
@@ -228,8 +228,7 @@ std::tuple<Tensor, Tensor> normalize_and_track(const Tensor& x, const Optional& 
   const Recipe& recipe = recipe_of(number);
   Tensor y, statistics;
   if (at::GradMode::is_enabled()) {
-    variable_list both = Normalize::apply(x, weight, bias, residual, mask, mean, var, number);
-    y = both[0], statistics = both[1];
+    y = Normalize::apply(x, weight, bias, residual, mask, mean, var, number, &statistics)[0];
   } else {
     std::tie(y, statistics) = normalize(x, weight, bias, residual, mask, mean, var, recipe);
   }

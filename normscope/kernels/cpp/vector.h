@@ -59,8 +59,16 @@ NORMSCOPE_INLINE void operator+=(W& a, const W& b) { a = a + b; }
 NORMSCOPE_INLINE W operator&(const W& a, const M& m) {  // 0 where the mask is not set, NaN included
   return NORMSCOPE_EACH(V, (V)((VI)a.part[i] & m.part[i]));
 }
-NORMSCOPE_INLINE W relu(const W& z) {  // NaN passes: NaN < 0 is false
-  return NORMSCOPE_EACH(V, (V)((VI)z.part[i] & ~(VI)(z.part[i] < 0.f)));
+NORMSCOPE_INLINE W relu(const W& z) {  // NaN passes: of (0, NaN) the processor's maximum is the second
+  return each<V>([&](auto i) __attribute__((always_inline)) {
+#if defined(__AVX512F__)
+    return (V)_mm512_max_ps(_mm512_setzero_ps(), (__m512)z.part[i]);
+#elif defined(__AVX2__)
+    return (V)_mm256_max_ps(_mm256_setzero_ps(), (__m256)z.part[i]);
+#else
+    return (V)((VI)z.part[i] & ~(VI)(z.part[i] < 0.f));
+#endif
+  });
 }
 NORMSCOPE_INLINE W gate(const W& g, const W& z) {  // g where z > 0; NaN passes
   return NORMSCOPE_EACH(V, (V)((VI)g.part[i] & ~(VI)(z.part[i] <= 0.f)));
@@ -134,12 +142,8 @@ constexpr auto kCellOf = [] {  // the other way
 }();
 
 NORMSCOPE_INLINE W read(const float* p) { return get(p); }
-NORMSCOPE_INLINE W read(const BF16* p) {
-  return each<V>([&](auto i) __attribute__((always_inline)) {
-    const VU pair = *(const VUAnywhere*)(p + i / 2 * 2 * kLanes);
-    return i % 2 ? (V)(pair & 0xffff0000u) : (V)(pair << 16);
-  });
-}
+NORMSCOPE_INLINE W split(VU pairs) { return {{(V)(pairs << 16), (V)(pairs & 0xffff0000u)}}; }
+NORMSCOPE_INLINE W read(const BF16* p) { return split(*(const VUAnywhere*)p); }
 NORMSCOPE_INLINE W read(const F16* p) {
   return each<V>([&](auto i) __attribute__((always_inline)) {
 #if defined(__AVX512F__)
@@ -168,12 +172,19 @@ NORMSCOPE_INLINE VU rounded(V v) {
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 inline float quiet(float v) { return v == v ? v : std::numeric_limits<float>::quiet_NaN(); }
+NORMSCOPE_INLINE VU joined(const W& v) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.part[1], (__m512)v.part[0]);
+  return (VU)_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
+#else
+  return (rounded(v.part[0]) >> 16) | (rounded(v.part[1]) & 0xffff0000u);
+#endif
+}
 NORMSCOPE_INLINE void write(BF16* p, const W& v, bool streamed) {
-  for (int i = 0; i < kParts; i += 2) {
-    const VU pair = (rounded(v.part[i]) >> 16) | (rounded(v.part[i + 1]) & 0xffff0000u);
-    if (streamed) stream((float*)(p + i * kLanes), (V)pair);
-    else *(VUAnywhere*)(p + i * kLanes) = pair;
-  }
+  if (streamed) stream((float*)p, (V)joined(v));
+  else *(VUAnywhere*)p = joined(v);
 }
 NORMSCOPE_INLINE void write(F16* p, const W& v, bool) {
   for (int i = 0; i < kParts; ++i) {
@@ -230,6 +241,8 @@ struct Rest {
   NORMSCOPE_INLINE W load(const T* p) const {
     if constexpr (std::is_same_v<T, float>) {
       return NORMSCOPE_EACH(V, (V)_mm512_maskz_loadu_ps(static_cast<__mmask16>(cells(i * kLanes)), p + i * kLanes));
+    } else if constexpr (std::is_same_v<T, BF16>) {
+      return split((VU)_mm512_maskz_loadu_epi16(cells(), p));
     } else {
       alignas(64) T step[kStep];
       _mm512_store_si512(step, _mm512_maskz_loadu_epi16(cells(), p));
@@ -240,6 +253,8 @@ struct Rest {
     if constexpr (std::is_same_v<T, float>) {
       for (int i = 0; i < kParts; ++i)
         _mm512_mask_storeu_ps(p + i * kLanes, static_cast<__mmask16>(cells(i * kLanes)), (__m512)v.part[i]);
+    } else if constexpr (std::is_same_v<T, BF16>) {
+      _mm512_mask_storeu_epi16(p, cells(), (__m512i)joined(v));
     } else {
       alignas(64) T step[kStep];
       write(step, v, false);
