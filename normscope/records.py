@@ -222,10 +222,12 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
 
 def _decode_record(kind: type, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
-    if not isinstance(value, dict) or set(value) != set(hints):
+    # A field that came later has a default, so that older records can still be read.
+    needed = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
+    if not isinstance(value, dict) or not needed <= set(value) <= set(hints):
         found = sorted(value) if isinstance(value, dict) else repr(value)
         raise ValueError(f"{where}: expected the fields {sorted(hints)}, got {found}")
-    return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})
 
 
 def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
@@ -315,6 +317,11 @@ class Finding:
         """The facts by name."""
         return {fact.name: fact.text if fact.value is None else fact.value for fact in self.facts}
 
+    @property
+    def fingerprints(self) -> set[tuple[str, str]]:
+        """What the finding is known by from one run to the next: code and module."""
+        return {(self.code, name) for name in (self.layers or ("",))}
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -364,6 +371,28 @@ class NormRow:
     design_effect: float | None
     explains: float | None
     codes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelStatistics:
+    """Running statistics beside the data's, channel by channel.
+
+    Attributes:
+        layer: The normalizer.
+        total: How many channels it has. Where not all are listed, those that are lie evenly among all of them in the
+            order of their drift.
+        running_mean: As stored.
+        running_var: As stored, plus ε.
+        data_mean: Of the data of split A.
+        data_var: The same, plus ε.
+    """
+
+    layer: str
+    total: int
+    running_mean: tuple[float, ...]
+    running_var: tuple[float, ...]
+    data_mean: tuple[float, ...]
+    data_var: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,6 +448,7 @@ class CheckRecord:
         restored: Whether it was the same afterwards; a record is only written if so.
         settings: The arguments, as text.
         notes: What a reader must know, e.g. that samples were left out.
+        channels: Of the normalizers that drift most, the statistics of single channels.
     """
 
     model: str
@@ -445,6 +475,7 @@ class CheckRecord:
     before: str
     restored: bool
     machine: Machine
+    channels: tuple[ChannelStatistics, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,15 +512,104 @@ class FixRecord:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A finding of an earlier run that a later one does not have.
+
+    Attributes:
+        status: What the rule says in the later run, or "not run". Only "pass" means that it is over.
+        reason: Why.
+    """
+
+    finding: Finding
+    status: str
+    reason: str
+
+    @property
+    def over(self) -> bool:
+        """Whether the rule ran again and found nothing."""
+        return self.status == "pass"
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A finding of two runs that is not the same in both.
+
+    Attributes:
+        changes: What differs, in words.
+        worse: Whether it is more severe, in further layers, or costs more by intervals that do not overlap.
+    """
+
+    before: Finding
+    after: Finding
+    changes: tuple[str, ...]
+    worse: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is otherwise in the second run; "" where a run does not have it."""
+
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScorePair:
+    """A metric or a loss of the model as it is, in two runs."""
+
+    name: str
+    before: Interval | None
+    after: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The record of `diff`: an earlier check against a later one.
+
+    Attributes:
+        model: The class of the model in both.
+        cost: What the trouble costs in both.
+        gone: Findings of the first run only.
+        same: Findings that did not change.
+        unchecked: Rules that passed in one run and could not be checked, or did not run, in the other.
+        layers: Normalizers that appeared, vanished, or are of another kind or in another mode.
+        circumstances: What else differs: data, settings, thresholds, versions. It may be why findings do.
+    """
+
+    model: tuple[str, str]
+    scores: tuple[ScorePair, ...]
+    cost: tuple[Interval | None, Interval | None]
+    new: tuple[Finding, ...]
+    gone: tuple[Gone, ...]
+    changed: tuple[Changed, ...]
+    same: tuple[Finding, ...]
+    unchecked: tuple[Difference, ...]
+    layers: tuple[Difference, ...]
+    circumstances: tuple[Difference, ...]
+
+    @property
+    def worse(self) -> tuple[Finding, ...]:
+        """What is new, or worse than before."""
+        return (*self.new, *(change.after for change in self.changed if change.worse))
+
+
 __all__ += [
+    "Changed",
+    "ChannelStatistics",
     "CheckRecord",
+    "Comparison",
+    "Difference",
     "Fact",
     "Finding",
     "FixRecord",
+    "Gone",
     "NormRow",
     "PassCost",
     "Remedy",
     "Score",
+    "ScorePair",
     "Severity",
     "Status",
     "Threshold",

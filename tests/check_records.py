@@ -1,7 +1,18 @@
 """Records of checks made by hand, for tests of the reports: no model runs."""
 
 from normscope import records
-from normscope.records import Fact, Finding, Interval, NormRow, PassCost, Remedy, Score, Threshold, Verdict
+from normscope.records import (
+    ChannelStatistics,
+    Fact,
+    Finding,
+    Interval,
+    NormRow,
+    PassCost,
+    Remedy,
+    Score,
+    Threshold,
+    Verdict,
+)
 
 MACHINE = records.Machine("a CPU", 2, "Linux x86_64", "3.12.1", (("normscope", "0.1.0"), ("torch", "2.13.0")))
 
@@ -39,6 +50,18 @@ def make_row(name, k=0, codes=()):
         design_effect=1.02,
         explains=0.5 if codes else None,
         codes=tuple(codes),
+    )
+
+
+def make_channels(layer, total=5):
+    """Five channels: two healthy, one off by 1 σ, one with four times the variance, one that is not finite."""
+    return ChannelStatistics(
+        layer=layer,
+        total=total,
+        running_mean=(0.0, 2.1, 3.0, 0.0, float("nan")),
+        running_var=(1.0, 4.0, 4.0, 4.0, 1.0),
+        data_mean=(0.0, 2.0, 1.0, 0.0, 0.0),
+        data_var=(1.0, 4.0, 4.0, 1.0, 1.0),
     )
 
 

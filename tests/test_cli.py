@@ -256,6 +256,10 @@ def test_check_finds_and_says_so(theirs, tmp_path):
     assert "noise on stdout" not in result.stdout
     assert "noise on stdout" in result.stderr
     assert "NRM103 stale-statistics" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    # The page carries the record: it is a baseline, and can be compared.
+    again = theirs("check", "@ill", "--data", "loader", "--baseline", "page.html", "--html", "again.html")
+    assert again.exit_code == 0
+    assert theirs("diff", "page.html", "again.html").stdout.startswith("Nothing changed")
 
 
 @pytest.mark.parametrize(

@@ -455,6 +455,33 @@ def test_the_page_is_written(stale, tmp_path):
     assert "bn2" in page
 
 
+def test_the_record_has_the_channels_of_what_drifts_most():
+    x = torch.randn(32, 6) * torch.arange(1.0, 7) + 5
+    deep = nn.Sequential(nn.Linear(6, 100), *(nn.BatchNorm1d(100) for _ in range(8))).eval()
+    for norm in (*deep[1:4], *deep[6:]):  # 4 and 5 get what has mean 0 and variance 1, as they expect
+        norm.running_mean.normal_(std=2)
+    found = {c.layer: c for c in check(deep, [(x,)] * 6).record.channels}
+    assert set(found) == {"1", "2", "3", "6", "7", "8"}
+    # All batches are the same: their moments are those of the data.
+    with torch.no_grad():
+        y = deep[0](x).double()
+    norm, shown, mean = deep[1], found["1"], y.mean(0)
+    assert (shown.total, len(shown.data_mean)) == (100, 64)
+    order = [int((mean - value).abs().argmin()) for value in shown.data_mean]
+    assert len(set(order)) == 64
+    for values, true in (
+        (shown.data_mean, mean),
+        (shown.data_var, y.var(0, unbiased=False) + norm.eps),
+        (shown.running_mean, norm.running_mean),
+        (shown.running_var, norm.running_var + norm.eps),
+    ):
+        assert values == pytest.approx(true.double()[order].tolist(), rel=1e-4, abs=1e-6)  # five digits are kept
+    # From the least drifted to the most.
+    drift = (norm.running_mean - mean).abs() / (y.var(0, unbiased=False) + norm.eps).sqrt()
+    drift += (norm.running_var + norm.eps).double().div(y.var(0, unbiased=False) + norm.eps).log().abs()
+    assert [order[0], order[-1]] == [int(drift.argmin()), int(drift.argmax())]
+
+
 def test_every_sample_takes_part_in_at_most_six_passes(trained):
     passes = [p for p in check(trained, batches()).record.passes if "P5" not in p.name]
     for part in "AB":

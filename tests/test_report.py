@@ -1,6 +1,8 @@
 """Records survive JSON; reports show what records say, escape everything and need neither network nor display."""
 
+import base64
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -12,12 +14,12 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree as ET
 
 import pytest
-from check_records import make_check, make_finding, make_fix
+from check_records import make_channels, make_check, make_finding, make_fix, make_row
 from rich.console import Console
 
 from normscope import records
 from normscope.errors import DependencyError
-from normscope.report import charts, figures, html, terminal, words
+from normscope.report import charts, comparison, figures, html, modules, scatter, terminal, words
 
 HOSTILE = "<script>alert('1')</script>&[bold]"
 
@@ -420,37 +422,49 @@ def test_check_page_escapes_every_word():
         remedies=(records.Remedy(hostile, "S1", hostile, hostile),),
     )  # fmt: skip
     child = make_finding("NRM104", words=hostile, layers=(hostile,), explained_by="NRM103")
-    record = make_check((finding, child), words=hostile, device=hostile, reading=hostile, before=hostile)
+    channels = (make_channels(hostile),)
+    record = make_check(
+        (finding, child), words=hostile, device=hostile, reading=hostile, before=hostile, channels=channels
+    )
     treatment = records.Treatment(hostile, finding.remedies[0], (hostile,), None, hostile)
     page = html.render_check(record, make_fix(applied=(treatment,), skipped=(treatment,)))
     found = Elements(page).found
     scripts = [attrs for tag, attrs in found if tag == "script"]
-    assert scripts == [{"type": "application/json", "id": "record"}]
+    assert scripts == [{"type": "application/json", "id": "record"}, {}]
     assert not [tag for tag, _ in found if tag == "bold"]
     assert not [attrs for _, attrs in found if any(name.startswith("on") for name in attrs)]
     assert page.count("&lt;/script&gt;&lt;script&gt;") >= 25
-    assert embedded(page) == record
+    # Channels that are not finite are unequal to themselves.
+    assert records.to_json(comparison.read_check(page)) == records.to_json(record)
 
 
-def embedded(page):
-    """The record that a page carries."""
-    text = re.search(r'<script type="application/json" id="record">(.*?)</script>', page, re.DOTALL)[1]
-    return records.from_json(records.CheckRecord, text)
+def test_comparison_page_escapes_every_word():
+    hostile = "</script><script>alert('1')</script>&[bold]"
+    old, new, same = (
+        make_finding(code, words=hostile, layers=(hostile,), message=hostile) for code in ("NRM103", "NRM203", "NRM301")
+    )
+    before = make_check((old, same), words=hostile)
+    page = html.render_comparison(comparison.compare(before, make_check((same, new), words=hostile, samples=1)))
+    scripts = [attrs for tag, attrs in Elements(page).found if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "comparison"}, {}]
+    assert page.count("&lt;/script&gt;&lt;script&gt;") >= 8
 
 
 def test_check_page_carries_its_record(report):
-    assert embedded(report) == make_check()
+    assert comparison.read_check(report) == make_check()
 
 
-def test_check_page_needs_no_network_and_no_script(report):
+def test_check_page_needs_no_network_and_runs_no_other_script(report):
     found = Elements(report).found
     assert not [tag for tag, _ in found if tag in ("link", "iframe", "img", "object")]
-    assert [attrs["type"] for tag, attrs in found if tag == "script"] == ["application/json"]
+    assert not [attrs for tag, attrs in found if tag == "script" and "src" in attrs]
     assert all(attrs.get(name, "#").startswith("#") for _, attrs in found for name in ("src", "href", "xlink:href"))
     assert "url(" not in report
     assert "@import" not in report
     policy = next(attrs["content"] for tag, attrs in found if attrs.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'")
+    ours = base64.b64encode(hashlib.sha256(re.search("<script>(.*?)</script>", report, re.S)[1].encode()).digest())
+    assert f"script-src 'sha256-{ours.decode()}'" in policy
 
 
 def test_check_page_is_accessible(report):
@@ -472,7 +486,124 @@ def test_check_page_is_accessible(report):
 
 
 def test_check_page_is_small():
-    assert len(html.render_check(many(5, 200), make_fix()).encode()) <= 300_000
+    record = many(5, 200)
+    wide = records.ChannelStatistics("", 512, *[tuple(1.2345 * k - 37 for k in range(64))] * 4)
+    channels = tuple(dataclasses.replace(wide, layer=row.name) for row in record.layers[:6])
+    assert len(html.render_check(dataclasses.replace(record, channels=channels), make_fix()).encode()) <= 300_000
+
+
+def test_check_page_says_what_to_type():
+    def header(record):
+        return plain(html.render_check(record).partition("</header>")[0])
+
+    typed = "normscope fix SegNet --data SegNet -o fixed.pt"
+    assert typed in header(make_check())
+    assert "normscope fix" not in header(make_check(()))
+    manual = make_finding(remedies=(records.Remedy("code", "S3", "shuffle", "DataLoader(..., shuffle=True)"),))
+    assert "normscope fix" not in header(make_check((manual,)))
+
+
+def test_check_page_puts_the_verified_gain_beside_the_cause(report):
+    rows = re.search(r"<table class=\"list stack decisions\">.*?</table>", report, re.DOTALL)[0].split("<tr>")[2:]
+    # NRM103 was treated; it follows from NRM203, which is a row of its own.
+    assert "NRM203" in rows[0]
+    assert "+5.4 pp [4.5, 6.3]" in rows[0]
+    assert "pp" not in rows[1].partition("what helps")[2]
+    assert "verified gain" not in html.render_check(make_check())
+
+
+def test_check_page_draws_no_figure_twice():
+    layers = ["encoder.bn1", "encoder.bn2"]
+    twice = (make_finding("NRM103", layers=layers), make_finding("NRM104", words="other", layers=layers))
+    page = html.render_check(make_check(twice, channels=(make_channels("encoder.bn1"),)))
+    assert page.count('<figure class="channel">') == 1
+    assert page.count("Running statistics against the data") == 1
+    assert 'stand under <a href="#NRM103">' in page
+
+
+def test_the_tree_of_modules():
+    names = ["", "stem.bn", "a.0.n1", "a.0.n2", "a.1.n1", "a.1.n2", "b.deep.one.n", "b.deep.two.n", "b.deep.two.m"]
+    findings = (make_finding("NRM103", "W", layers=["a.1.n2"]), make_finding("NRM203", "E", layers=["a.1.n2"]),
+                make_finding("NRM106", "I", layers=["stem.bn"]))  # fmt: skip
+    codes = {name: [f.code for f in findings if name in f.layers] for name in names}
+    rows = [make_row(name, k, codes[name]) for k, name in enumerate(names)]
+    rows[3] = dataclasses.replace(rows[3], calls=0)
+    tree = modules.tree_of(dataclasses.replace(make_check(findings), layers=tuple(rows)))
+    assert [(leaf.label, leaf.severity) for leaf in tree.leaves] == [("(the model itself)", ""), ("stem.bn", "I")]
+    a, b = tree.branches
+    assert (a.label, a.total, a.found, [inner.label for inner in a.branches]) == ("a", 4, 1, ["0", "1"])
+    assert [(leaf.label, leaf.index, leaf.reached) for leaf in a.branches[0].leaves] == [
+        ("n1", 2, True),
+        ("n2", 3, False),
+    ]
+    assert [leaf.severity for leaf in a.branches[1].leaves] == ["", "E"]
+    # What holds one thing only joins its name.
+    assert (b.label, [leaf.label for leaf in b.leaves], b.branches[0].label) == ("b.deep", ["one.n"], "two")
+    assert [a.folded, b.folded] == [False, False]
+
+
+def test_a_large_branch_without_trouble_is_folded():
+    record = make_check((make_finding("NRM106", "I", layers=["sick.0.n"]),))
+    rows = [make_row(f"{part}.{k}.n", k) for part in ("well", "sick") for k in range(70)]
+    rows[70] = dataclasses.replace(rows[70], codes=("NRM106",))
+    folded = [branch.folded for branch in modules.tree_of(dataclasses.replace(record, layers=tuple(rows))).branches]
+    assert folded == [True, True]
+    record = make_check((make_finding("NRM106", "E", layers=["sick.0.n"]),))
+    folded = [branch.folded for branch in modules.tree_of(dataclasses.replace(record, layers=tuple(rows))).branches]
+    assert folded == [True, False]
+
+
+def test_channels_lie_where_their_numbers_are():
+    record = make_check(channels=(make_channels("encoder.bn1"), make_channels("head.bn")))
+    (figure,) = scatter.channel_figures(record, make_finding(layers=["encoder.bn1"]))
+    mean, var = figure.scatters
+    # Of five channels, by hand: means 0|0, 1|1.05 and 0.5|1.5 σ, 0|0, and one NaN; variances 1, 4, 4, 1|4, 1.
+    assert mean.summary == "1 of 4 channels off by more than 0.25 σ, 1 too far off to be drawn, or not finite"
+    assert var.summary == "1 of 5 channels off by more than a factor of 1.5"
+    low, high = (float(end) for end in mean.ends)
+    dots = [(float(x), float(y)) for x, y in re.findall(r"M([\d.]+) ([\d.]+)h0", mean.healthy)]
+    expected = [(0.0, 0.0), (1.0, 1.05), (0.0, 0.0)]
+    for (x, y), (data, running) in zip(dots, expected, strict=True):
+        assert x == pytest.approx(scatter.SIDE * (data - low) / (high - low), abs=1)  # ends are rounded to 3 digits
+        assert y == pytest.approx(scatter.SIDE * (1 - (running - low) / (high - low)), abs=1)
+    assert mean.beyond.count("M") == 1
+    assert mean.band == pytest.approx(scatter.SIDE * 0.25 / (high - low), rel=0.01)
+    assert figure.note == ""
+    (figure,) = scatter.channel_figures(make_check(channels=(make_channels("a", 99),)), make_finding(layers=["a"]))
+    assert figure.note == "5 of 99 channels, from the least to the most drifted"
+
+
+def test_channels_stay_inside_their_frame():
+    odd = (math.nan, math.inf, -math.inf, 1e308, -1e308, 0.0, 3.0)
+    grid = list(itertools.product(odd, repeat=4))
+    channels = records.ChannelStatistics("encoder.bn1", len(grid), *zip(*grid, strict=True))
+    (figure,) = scatter.channel_figures(make_check(channels=(channels,)), make_finding(layers=["encoder.bn1"]))
+    for drawn in figure.scatters:
+        places = [float(v) for v in re.findall(r"[^Mh l]+", re.sub(r"[hl][^M]*", "", drawn.healthy + drawn.beyond))]
+        assert places
+        assert all(-2 <= place <= scatter.SIDE for place in places)
+
+
+def test_an_average_forgets_its_beginning():
+    facts = (records.Fact("momentum", 0.1), records.Fact("batches seen", 22.0))
+    decay = scatter.decay_of(make_finding("NRM104", facts=facts))
+    # 0.9⁴⁴ is the first power below 1 %.
+    assert decay.batches == (22.0, 44)
+    assert decay.weight == pytest.approx(0.9**22)
+    assert decay.now == (pytest.approx(120 * 22 / (1.05 * 44), abs=0.1), pytest.approx(120 * (1 - 0.9**22), abs=0.1))
+    assert scatter.decay_of(make_finding("NRM103", facts=facts)) is None
+    assert "10% after 22; 1% would take 44" in html.render_check(make_check((make_finding("NRM104", facts=facts),)))
+
+
+def test_charts_of_many_normalizers_show_the_worst():
+    names = [f"layer{k}.bn" for k in range(40)]
+    finding = make_finding("NRM103", layers=names)
+    chart = charts.chart_of(make_check((finding,), 40), finding)
+    assert [bars[0].label for bars in chart.rows] == names[-charts.MOST_ROWS :]
+    few = make_finding("NRM301", layers=names)
+    # Here fewer is worse: values fall from layer to layer.
+    chart = charts.chart_of(make_check((few,), 40), few)
+    assert [bars[0].label for bars in chart.rows] == names[-charts.MOST_ROWS :]
 
 
 def test_check_page_without_trouble_or_normalizers():

@@ -1,4 +1,4 @@
-"""`check`, `fix`, `rule` and `rules`."""
+"""`check`, `fix`, `diff`, `rule` and `rules`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normscope.cli.group import FINDINGS, INTERNAL_ERROR, main, progress
-from normscope.errors import ArgumentError, NormscopeError
-from normscope.records import CheckRecord, FixRecord, from_json, to_json
+from normscope.errors import ArgumentError
+from normscope.records import CheckRecord, FixRecord, to_json
 
 if TYPE_CHECKING:
     from normscope.doctor import Report
     from normscope.doctor.configuration import Configuration
 
-__all__ = ["check", "fix", "rule", "rules"]
+__all__ = ["check", "diff", "fix", "rule", "rules"]
 
 # Options that name a function of the user, in the order of the help.
 FUNCTIONS = {
@@ -107,7 +107,9 @@ def _examination(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="Lowest severity that makes the exit code 1.",
 )
-@click.option("--baseline", type=click.Path(path_type=Path), help="JSON of an earlier check: only what is new fails.")
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), help="Page or JSON of an earlier check: only what is new fails."
+)
 def check(
     fail_on: str, form: str, html: Path | None, verbose: bool, baseline: Path | None, **given: Any
 ) -> None:  # fmt: skip
@@ -126,11 +128,13 @@ def check(
     from rich.console import Console
 
     _check_folder(html, "--html")
-    known = None if baseline is None else _baseline(baseline)
+    known = None if baseline is None else _earlier(baseline, "--baseline")
     report = _examine(given)
     record = _with_command(report.record, "check", given)
     if html is not None:
-        _write_page(html, record, None)
+        from normscope.report.html import render_check
+
+        _write_page(html, render_check(record))
     if form == "json":
         click.echo(to_json(record), nl=False)
     else:
@@ -172,7 +176,9 @@ def fix(
     record = _with_command(report.record, "check", given)
     kept = bool(result.applied) and (result.confirmed or result.gain is None)
     if html is not None:
-        _write_page(html, record, result.record)
+        from normscope.report.html import render_check
+
+        _write_page(html, render_check(record, result.record))
     if form == "json":
         both = {"record": "Repair", "check": json.loads(to_json(record)), "fix": json.loads(to_json(result.record))}
         click.echo(json.dumps(both, indent=1, ensure_ascii=False, allow_nan=False))
@@ -188,11 +194,13 @@ def fix(
         sys.exit(FINDINGS)
 
 
-def _baseline(path: Path) -> CheckRecord:
+def _earlier(path: Path, what: str) -> CheckRecord:
+    from normscope.report.comparison import read_check
+
     try:
-        return from_json(CheckRecord, path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, NormscopeError) as error:
-        raise click.BadParameter(f"{path} is no JSON of a check: {error}", param_hint="--baseline") from None
+        return read_check(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{path} is no JSON or page of a check: {error}", param_hint=what) from None
 
 
 def _check_folder(path: Path | None, option: str) -> None:
@@ -292,14 +300,58 @@ def _with_command(record: CheckRecord, name: str, given: dict[str, Any]) -> Chec
     return dataclasses.replace(record, settings=(*record.settings, *told, ("command", shlex.join(words))))
 
 
-def _write_page(path: Path, record: CheckRecord, fixed: FixRecord | None) -> None:
-    from normscope.report import html
-
+def _write_page(path: Path, page: str) -> None:
     try:
-        path.write_text(html.render_check(record, fixed), encoding="utf-8")
+        path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise click.BadParameter(f"cannot write {path}: {error.strerror}", param_hint="--html") from error
     click.echo(f"page: {path}", err=True)
+
+
+# --- two checks ---------------------------------------------------------------------------------------------------
+
+
+@main.command(short_help="What is new, gone or changed between two checks.")
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option(
+    "--fail-on",
+    type=click.Choice(["E", "W", "I", "never"]),
+    default="E",
+    show_default=True,
+    help="Lowest severity of something new or worse that makes the exit code 1.",
+)
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the comparison as a page, too.")
+def diff(before: Path, after: Path, fail_on: str, form: str, html: Path | None) -> None:
+    r"""Compare two checks: BEFORE and AFTER are what --html or --format json of "normscope check" wrote.
+
+    \b
+    normscope diff monday.html today.html
+
+    A finding that is gone is over only if its rule ran again and passed; otherwise the reason stands beside it. Worse
+    is a finding that is more severe, in further layers, or costs more than before by intervals that do not overlap.
+    Exit code: 0 nothing new or worse, 1 something, 2 usage or loading error, 3 internal error.
+    """
+    from rich.console import Console
+
+    from normscope.report.comparison import compare
+
+    _check_folder(html, "--html")
+    record = compare(_earlier(before, "BEFORE"), _earlier(after, "AFTER"))
+    if html is not None:
+        from normscope.report.html import render_comparison
+
+        _write_page(html, render_comparison(record))
+    if form == "json":
+        click.echo(to_json(record), nl=False)
+    else:
+        from normscope.report import terminal
+
+        terminal.print_comparison(record, Console(width=80))
+    loud = {"E": "E", "W": "EW", "I": "EWI", "never": ""}[fail_on]
+    if any(finding.severity in loud for finding in record.worse):
+        sys.exit(FINDINGS)
 
 
 # --- rules --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -17,7 +18,7 @@ from normscope.doctor import gates, judge
 from normscope.doctor.cache import generators, read
 from normscope.doctor.fix import Ward, level
 from normscope.doctor.guard import bring_back
-from normscope.doctor.measurements import Layer, Measurements
+from normscope.doctor.measurements import Array, Layer, Measurements
 from normscope.doctor.patient import Patient
 from normscope.doctor.probe import Callables, Probe
 from normscope.doctor.progress import Progress, Tell
@@ -25,7 +26,7 @@ from normscope.doctor.report import Report, UnhealthyError
 from normscope.doctor.rules import RULES, Judgement, Rule
 from normscope.doctor.thresholds import DEFAULTS, Thresholds
 from normscope.errors import ArgumentError, NormscopeError
-from normscope.records import CheckRecord, Finding, Machine, NormRow, Score, Severity
+from normscope.records import ChannelStatistics, CheckRecord, Finding, Machine, NormRow, Score, Severity
 from normscope.surgery import Snapshot, state_hash
 
 __all__ = ["StateNotRestoredError", "assert_healthy", "check", "rule_pages"]
@@ -33,6 +34,8 @@ __all__ = ["StateNotRestoredError", "assert_healthy", "check", "rule_pages"]
 # Share of the budget after which reading the loader ends.
 READING = 0.15
 SEED = 0
+# What the record keeps for figures of single channels: more would weigh more than all the rest.
+MOST_DRAWN, MOST_CHANNELS = 6, 64
 
 
 class StateNotRestoredError(NormscopeError, RuntimeError):
@@ -251,6 +254,7 @@ def _record(
         before=before,
         restored=True,
         machine=Machine.measure(),
+        channels=_channels(m),
     )
 
 
@@ -269,13 +273,44 @@ def _row(layer: Layer, m: Measurements, findings: tuple[Finding, ...]) -> NormRo
         mode="frozen" if layer.held else "train" if layer.training else "eval",
         calls=len(sites),
         values=sites[0].values if sites else None,
-        delta=None if drift is None else gates.median_size(drift.delta),
-        rho=None if drift is None else gates.median_size(drift.rho),
-        drifted=None if drift is None else drift.share,
-        noise=None if own is None or len(own.means) < 3 else gates.noise_energy(own, layer.eps),
-        design_effect=None if design is None else design[0],
-        explains=m.shares.get(layer.name),
+        delta=None if drift is None else _short(gates.median_size(drift.delta)),
+        rho=None if drift is None else _short(gates.median_size(drift.rho)),
+        drifted=None if drift is None else _short(drift.share),
+        noise=None if own is None or len(own.means) < 3 else _short(gates.noise_energy(own, layer.eps)),
+        design_effect=None if design is None else _short(design[0]),
+        explains=None if layer.name not in m.shares else _short(m.shares[layer.name]),
         codes=tuple(f.code for f in findings if layer.name in f.layers),
+    )
+
+
+def _short(value: float) -> float:
+    """Five digits, as many as were measured: with all of them, a page of 200 normalizers would be a sixth larger."""
+    return float(f"{value:.5g}")
+
+
+def _channels(m: Measurements) -> tuple[ChannelStatistics, ...]:
+    """Channel by channel the normalizers that drift most."""
+    layers = [layer for layer in m.layers if layer.name in m.drift and layer.name in m.own]
+    layers.sort(key=lambda layer: (-m.drift[layer.name].share, -gates.median_size(m.drift[layer.name].delta)))
+    return tuple(_statistics(layer, m) for layer in layers[:MOST_DRAWN])
+
+
+def _statistics(layer: Layer, m: Measurements) -> ChannelStatistics:
+    drift, own = m.drift[layer.name], m.own[layer.name]
+    order = np.argsort(np.abs(drift.delta) + np.abs(drift.rho))
+    ranks = np.unique(np.linspace(0, len(order) - 1, min(len(order), MOST_CHANNELS)).astype(int))
+
+    def listed(values: Array | None) -> tuple[float, ...]:
+        return () if values is None else tuple(_short(v) for v in values[order[ranks]])
+
+    running_var = None if layer.var is None else layer.var + layer.eps
+    return ChannelStatistics(
+        layer=layer.name,
+        total=len(order),
+        running_mean=listed(layer.mean),
+        running_var=listed(running_var),
+        data_mean=listed(own.mean),
+        data_var=listed(own.var + layer.eps),
     )
 
 

@@ -131,11 +131,6 @@ def unneeded(
     return tuple(notes)
 
 
-def fingerprints(findings: Iterable[Finding]) -> set[tuple[str, str]]:
-    """What findings are known by from one run to the next: code and module."""
-    return {(f.code, name) for f in findings for name in (f.layers or ("",))}
-
-
 def findings_of(judged: list[tuple[Rule, Judgement]], m: Measurements) -> tuple[Finding, ...]:
     """The alarms as findings: the worst first, each cause before what it explains."""
     alarms = {rule.code: (rule, j) for rule, j in judged if j.severity is not None}

@@ -11,7 +11,6 @@ from torch.nn import Module
 
 from normscope import records
 from normscope.doctor.fix import FixReport, Ward, treat
-from normscope.doctor.judge import fingerprints
 from normscope.doctor.measurements import Measurements
 from normscope.doctor.progress import Tell
 from normscope.errors import ArgumentError, NormscopeError
@@ -79,8 +78,8 @@ class Report:
         """
         if fail_on not in _ORDER:
             raise ArgumentError(f"fail_on {fail_on!r} is no severity", cure="use one of E, W, I")
-        known = set() if baseline is None else fingerprints(baseline.findings)
-        new = [finding for finding in self.findings if not fingerprints([finding]) <= known]
+        known = set() if baseline is None else {one for f in baseline.findings for one in f.fingerprints}
+        new = [finding for finding in self.findings if not finding.fingerprints <= known]
         return all(_ORDER[finding.severity] > _ORDER[fail_on] for finding in new)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ from normscope.report import words
 __all__ = ["Bar", "Chart", "chart_of", "cost_bar", "patient_chart", "shares_chart", "states_chart"]
 
 # Rows that a reader takes in; the table of all normalizers has the rest.
-MOST_ROWS = 24
+MOST_ROWS = 12
 # The doctor looks for the few layers that explain nearly all.
 MOST_SHARES = 8
 # Of the cost; where no layer carries more, a chart of shares tells nothing.
@@ -101,7 +101,7 @@ def chart_of(record: CheckRecord, finding: Finding) -> Chart | None:
     flagged = set(finding.layers)
     if not flagged & {row.name for row in rows}:
         return None
-    shown = rows if len(rows) <= MOST_ROWS else [row for row in rows if row.name in flagged][:MOST_ROWS]
+    shown = rows if len(rows) <= MOST_ROWS else _worst([row for row in rows if row.name in flagged], columns)
     thresholds = {t.name: t.value for t in record.thresholds}
     bars, marks = [], []
     for column in columns:
@@ -119,11 +119,22 @@ def chart_of(record: CheckRecord, finding: Finding) -> Chart | None:
     )
 
 
+def _worst(rows: Sequence[NormRow], columns: Sequence[_Column]) -> list[NormRow]:
+    """The rows whose first number is worst, in the order of the model."""
+    first = columns[0]
+
+    def badness(row: NormRow) -> float:
+        value = first.get(row)
+        known = -math.inf if value is None or math.isnan(value) else -value if first.below else value
+        return -known
+
+    worst = {row.name for row in sorted(rows, key=badness)[:MOST_ROWS]}
+    return [row for row in rows if row.name in worst]
+
+
 def _row_bar(row: NormRow, value: float | None, top: float, flagged: bool) -> Bar:
     text = "–" if value is None else words.number(value)
-    return Bar(
-        row.name or "(the model itself)", text, 0.0, None if value is None else _place(value, top), alarm=flagged
-    )
+    return Bar(words.layer(row.name), text, 0.0, None if value is None else _place(value, top), alarm=flagged)
 
 
 def shares_chart(record: CheckRecord, finding: Finding) -> Chart | None:
@@ -137,7 +148,7 @@ def shares_chart(record: CheckRecord, finding: Finding) -> Chart | None:
         (
             Bar(
                 row.name,
-                f"{100 * (row.explains or 0):.0f}%",
+                words.percent(row.explains or 0.0),
                 0.0,
                 _place(max(0.0, row.explains or 0.0), top),
                 alarm=True,
@@ -188,7 +199,8 @@ def cost_bar(cost: Interval) -> Bar:
     def place(value: float) -> float:
         return _place(_finite(value, reach) - low, (reach - low) * 1.05)
 
-    return Bar("", words.interval(cost), place(0.0), place(cost.value), place(cost.low), place(cost.high))
+    text, felt = words.interval(cost), cost.low > 0
+    return Bar("", text, place(0.0), place(cost.value), place(cost.low), place(cost.high), alarm=felt)
 
 
 def patient_chart(patient: Patient) -> Chart:

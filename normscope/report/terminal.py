@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from normscope.records import CheckRecord, Clinic, Figure1, Finding, FixRecord, Interval, Treatment
+from normscope.records import CheckRecord, Clinic, Comparison, Figure1, Finding, FixRecord, Interval, Treatment
 from normscope.report import words
 
-__all__ = ["print_check", "print_clinic", "print_figure1", "print_fix", "print_lessons"]
+__all__ = ["print_check", "print_clinic", "print_comparison", "print_figure1", "print_fix", "print_lessons"]
 
 VERDICT_STYLE = {"agrees": "bold green", "contradicts": "bold red", "open": "bold yellow"}
 SEVERITY_STYLE = {"E": "bold red", "W": "bold yellow", "I": "bold cyan"}
@@ -22,6 +22,8 @@ WIDTH = 80
 LEAST_LAYERS = 16
 # A report that is longer than a terminal is not read.
 MOST_LINES = 25
+# Of a list of differences, in which the findings would be lost.
+MOST_ROWS = 12
 # What a terminal that knows only ASCII gets instead.
 ASCII = str.maketrans({"–": "-", "—": "-", "…": "...", "└": "`", "·": "-", "×": "x", "±": "+-", "→": "->", "≥": ">=",
                        "≤": "<=", "δ": "d", "ρ": "rho", "σ": "sd", "μ": "mean", "γ": "gamma", "β": "beta", "√": "sqrt",
@@ -148,18 +150,9 @@ def _footer(record: CheckRecord, hints: bool) -> Iterator[Text]:
             yield Text(part)
     counts = "   ".join(f"{words.STATUS[status]} {count}" for status, count in words.counts(record))
     yield Text(counts, style="dim")
-    follow = _next(record)
+    follow = words.next_step(record)
     if follow:
-        yield Text(_cut(follow, WIDTH * 2), style="bold")
-
-
-def _next(record: CheckRecord) -> str:
-    """The command that comes next."""
-    command = words.setting(record, "command")
-    repair = any(r.safety in ("S0", "S1") for f in record.findings for r in f.remedies if f.severity != "I")
-    if not repair:
-        return ""
-    return f"next: {command.replace(' check ', ' fix ', 1)} -o fixed.pt" if command else "next: report.fix()"
+        yield Text(_cut(f"next: {follow}", WIDTH * 2), style="bold")
 
 
 def _everything(record: CheckRecord) -> Iterator[Text]:
@@ -179,7 +172,7 @@ def _full_block(record: CheckRecord, finding: Finding, indent: str = "    ") -> 
     yield _headline(record, finding, indent[4:])
     yield from (Text(f"{indent}{part}") for part in _wrap(finding.message, 20, len(indent) - 4))
     for name in finding.layers:
-        yield Text(f"{indent}layer {name or '(the model itself)'}", style="dim")
+        yield Text(f"{indent}layer {words.layer(name)}", style="dim")
     for fact in finding.facts:
         value = fact.text if fact.value is None else f"{words.number(fact.value)} {fact.text}".rstrip()
         yield from (Text(f"{indent}{part}", style="dim") for part in _wrap(f"{fact.name}: {value}", 4, len(indent) - 4))
@@ -200,7 +193,7 @@ def _full_block(record: CheckRecord, finding: Finding, indent: str = "    ") -> 
 def _layers(record: CheckRecord) -> Iterator[Text]:
     if not record.layers:
         return
-    names = [row.name or "(the model itself)" for row in record.layers]
+    names = [words.layer(row.name) for row in record.layers]
     width = min(34, max(map(len, names)) + 1)
     yield Text(f"{'layer':{width}}{'mode':>7}{'n':>9}{'δ':>8}{'ρ':>8}{'noise':>8}{'D':>7}  rules", style="bold")
     for name, row in zip(names, record.layers, strict=True):
@@ -269,6 +262,47 @@ def _treatment(word: str, treatment: Treatment, style: str) -> list[Text]:
     lines = [Text.assemble((word, style), _cut(head, WIDTH - len(word)))]
     reason = treatment.outcome if word == "skipped" else treatment.remedy.text
     return lines + [Text(f"    {part}") for part in _wrap(reason, 2)]
+
+
+# --- two checks ---------------------------------------------------------------------------------------------------
+
+
+def print_comparison(record: Comparison, console: Console) -> None:
+    """What the later check says otherwise than the earlier one."""
+    lines = [Text(_cut(words.compared_verdict(record), 2 * WIDTH), style="bold"), Text()]
+    for row in words.score_rows(record):
+        lines.append(Text(f"  {_cut(row.name, 28):28}{row.before} → {row.after}"))
+    for finding in record.new:
+        lines += _line(f"new      {_called(finding)}", SEVERITY_STYLE[finding.severity])
+        if finding.explained_by:
+            lines.append(Text(f"    └ consequence of {finding.explained_by}", style="dim"))
+            continue
+        lines += [Text(f"    {part}") for part in _wrap(finding.message, 2)]
+        lines += [Text(f"    {line}", style="green") for line in _fix_lines(finding)]
+    for changed in record.changed:
+        lines += _line(f"{'worse' if changed.worse else 'changed':9}{_called(changed.after)}", "bold")
+        lines += [Text(f"    {part}") for change in changed.changes for part in _wrap(change, 2)]
+    for gone in record.gone:
+        lines += _line(f"gone     {_called(gone.finding)}", "bold green" if gone.over else "bold yellow")
+        lines += [Text(f"    {part}") for part in _wrap(f"{words.status(gone.status)}: {gone.reason}", 2)]
+    if record.same:
+        lines += _line(f"same     {', '.join(f.code for f in record.same)}", "dim")
+    for title, rows in words.differences(record):
+        lines += [Text(), Text(title, style="bold")]
+        lines += [line for row in rows[:MOST_ROWS] for line in _line(f"  {words.difference(row)}", "")]
+        if len(rows) > MOST_ROWS:
+            lines.append(Text(f"  … {len(rows) - MOST_ROWS} more: --format json or the page has them", style="dim"))
+    _print(lines, console)
+
+
+def _called(finding: Finding) -> str:
+    where = f" in {words.fold_layers(finding.layers, 30)}" if finding.layers else ""
+    cost = f", costs {words.interval(finding.cost)}" if finding.cost is not None else ""
+    return f"{finding.severity} {finding.code} {finding.name}{where}{cost}"
+
+
+def _line(text: str, style: str) -> list[Text]:
+    return [Text(part, style=style) for part in textwrap.wrap(text, WIDTH, subsequent_indent=" " * 9, max_lines=3)]
 
 
 # --- the demo's second half ---------------------------------------------------------------------------------------

@@ -6,32 +6,42 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from normscope.records import CheckRecord, Finding, FixRecord, Interval, Remedy, Status
+from normscope.records import CheckRecord, Comparison, Difference, Finding, FixRecord, Interval, Remedy, Status
 
 __all__ = [
     "SAFETY",
+    "SEVERITIES",
+    "SEVERITY",
     "STATUS",
     "causes",
     "command",
     "compared",
+    "compared_verdict",
     "confirmed",
     "consequences",
     "counts",
     "descendants",
+    "difference",
+    "differences",
     "fold_layers",
     "gained",
     "interval",
     "is_percent",
+    "layer",
     "level",
     "metric_name",
+    "next_step",
     "number",
+    "percent",
     "plural",
     "rank",
     "remedy_line",
     "score",
+    "score_rows",
     "sentence",
     "setting",
     "share",
+    "status",
     "verdict",
     "version",
 ]
@@ -42,7 +52,7 @@ SAFETY = {
     "S2": "changes behaviour, needs --unsafe",
     "S3": "your code",
 }
-STATUS: dict[Status, str] = {
+STATUS: dict[str, str] = {
     "fail": "failed",
     "warn": "warned",
     "info": "noted",
@@ -53,6 +63,7 @@ STATUS: dict[Status, str] = {
     "could-not-check": "could not check",
 }
 SEVERITIES = "EWI"
+SEVERITY = {"E": "error", "W": "warning", "I": "hint"}
 # Characters of a name that still tell something.
 LEAST_NAME = 12
 # Of the cost; less is no explanation.
@@ -71,6 +82,11 @@ def number(value: float) -> str:
     if size < 1e-3:
         return f"{value:.1e}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+
+
+def percent(value: float) -> str:
+    """A share in whole percent."""
+    return f"{100 * value:.0f}%" if not abs(value) < 0.005 else "0%"
 
 
 def interval(found: Interval) -> str:
@@ -116,9 +132,19 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def layer(name: str) -> str:
+    """A module path as it is shown."""
+    return name or "(the model itself)"
+
+
+def status(found: str) -> str:
+    """A rule's answer as it is shown."""
+    return STATUS.get(found, found)
+
+
 def fold_layers(names: Sequence[str], width: int = 40) -> str:
     """Module paths in at most so many characters: all of them, else their common path and how many there are."""
-    shown = [name or "(the model itself)" for name in names]
+    shown = [layer(name) for name in names]
     every = ", ".join(shown)
     if len(every) <= width:
         return every
@@ -205,6 +231,14 @@ def command(record: CheckRecord, remedy: Remedy) -> str:
     return " ".join(part for part in (given.replace(" check ", " fix ", 1), options, tail) if part)
 
 
+def next_step(record: CheckRecord) -> str:
+    """What to type next: the repair, where a remedy can be applied; "" where none can."""
+    given = setting(record, "command")
+    if not any(r.safety in ("S0", "S1") for f in record.findings for r in f.remedies if f.severity != "I"):
+        return ""
+    return f"{given.replace(' check ', ' fix ', 1)} -o fixed.pt" if given else "report.fix()"
+
+
 @dataclass(frozen=True, slots=True)
 class Compared:
     """A metric or a loss of the model as it is and with recalibrated statistics."""
@@ -250,6 +284,54 @@ def verdict(record: CheckRecord) -> str:
         return f"{troubles}; the first costs {interval(cause.cost)}: {place}."
     felt = "without a measured cost" if record.cost is not None else "whose cost was not measured"
     return f"{troubles} {felt}; the first is {place}."
+
+
+def compared_verdict(record: Comparison) -> str:
+    """Two checks in one sentence."""
+    over, open_ = (sum(gone.over == wanted for gone in record.gone) for wanted in (True, False))
+    parts = [
+        f"{len(record.new)} new" if record.new else "",
+        f"{sum(c.worse for c in record.changed)} worse" if any(c.worse for c in record.changed) else "",
+        f"{sum(not c.worse for c in record.changed)} changed" if any(not c.worse for c in record.changed) else "",
+        f"{over} over" if over else "",
+        f"{open_} gone without a pass" if open_ else "",
+        f"{len(record.same)} as before" if record.same else "",
+    ]
+    told = ", ".join(part for part in parts if part)
+    if not told:
+        return "Neither run found anything."
+    if not record.new and not record.gone and not record.changed:
+        return f"Nothing changed: {plural(len(record.same), 'finding')} as before."
+    return f"Findings: {told}."
+
+
+def score_rows(record: Comparison) -> list[Difference]:
+    """Metric, loss and cost of two runs."""
+    rows = []
+    for pair in record.scores:
+        percent = is_percent(pair.before) or is_percent(pair.after)
+        before, after = ("–" if i is None else level(i, percent) for i in (pair.before, pair.after))
+        rows.append(Difference(pair.name, before, after))
+    if any(record.cost):
+        rows.append(Difference("cost of the trouble", *("–" if i is None else interval(i) for i in record.cost)))
+    return rows
+
+
+def differences(record: Comparison) -> list[tuple[str, tuple[Difference, ...]]]:
+    """What differs besides findings, each with a heading."""
+    groups = (
+        ("Normalizers", record.layers),
+        ("Rules that answered in one run only", record.unchecked),
+        ("What else differs", record.circumstances),
+    )
+    return [(title, rows) for title, rows in groups if rows]
+
+
+def difference(row: Difference) -> str:
+    """One difference in a line."""
+    if not row.before:
+        return f"{row.name}: new, {row.after}"
+    return f"{row.name}: {row.before} → {row.after}" if row.after else f"{row.name}: gone, was {row.before}"
 
 
 def sentence(text: str) -> str:
