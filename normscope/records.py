@@ -934,6 +934,7 @@ class Experiment:
         runs: How many runs are behind it, `planned` how many belong to the profile.
         seconds: Of computing, all runs together.
         commits: Of the code that ran.
+        note: What a reader should know of these runs besides the verdicts; "" for nothing.
     """
 
     registration: Registration
@@ -948,6 +949,7 @@ class Experiment:
     machines: tuple[Machine, ...]
     commits: tuple[str, ...]
     command: str
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

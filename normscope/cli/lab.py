@@ -136,7 +136,7 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 @lab.command(short_help="The ledger: every claim with its verdict, as a page, figures and numbers.")
-@click.argument("source", required=False, type=click.Path(path_type=Path))
+@click.argument("sources", nargs=-1, metavar="[SOURCE]…", type=click.Path(path_type=Path))
 @STORE
 @click.option(
     "--out",
@@ -151,23 +151,23 @@ def _seeds(text: str | None) -> list[int] | None:
     help="Where to write the document; its figures are linked from there. Default: OUT/claims.md.",
 )
 @click.option("--figures/--no-figures", default=True, help="Draw the figures.")
-def report(source: Path | None, store: Path, out: Path, document: Path | None, figures: bool) -> None:
+def report(sources: tuple[Path, ...], store: Path, out: Path, document: Path | None, figures: bool) -> None:
     """Write index.html, claims.md, ledger.json, results/*.jsonl and figures/*.svg.
 
-    SOURCE is a folder of exported results; without it, the store is read.
+    Each SOURCE is a store or a folder of exported results; without one, --store is read. Of each experiment the run of
+    the largest complete profile counts, the last of equals. OUT/notes.tsv, if there is one, holds notes on runs: lines
+    of experiment, profile, registration and a sentence, apart by tabs.
     """
     from normscope.lab import ledger
     from normscope.records import to_json
     from normscope.report import claims as pages
     from normscope.report import plots
 
-    runs = ledger.read(source or store)
-    record = ledger.ledger(runs)
+    runs = ledger.best(run for source in sources or (store,) for run in ledger.read(source))
+    record = ledger.ledger(runs, ledger.read_notes(out))
     _make_folders(out, out / "results", out / "figures")
-    shown = {(e.registration.name, e.profile) for e in record.experiments}
     for one in runs:
-        if (one.name, one.profile) in shown:
-            ledger.export(one, out / "results")
+        ledger.export(one, out / "results")
     pictures = {}
     for experiment in record.experiments if figures else ():
         if experiment.picture is not None:

@@ -16,7 +16,8 @@ from normscope.data.mnist import load_mnist as load_mnist
 from normscope.data.pictures import PICTURES as PICTURES
 from normscope.data.pictures import Picture as Picture
 from normscope.data.pictures import load_pictures as load_pictures
-from normscope.data.pictures import load_text as load_text
+from normscope.data.text import Text as Text
+from normscope.data.text import load_text as load_text
 from normscope.errors import DataError
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PICTURES",
     "DataSet",
     "Picture",
+    "Text",
     "find_mnist",
     "load",
     "load_cifar10",

@@ -29,9 +29,9 @@ def folder_of(part: str) -> Path | None:
     return found if root and found.is_dir() else None
 
 
-def names(part: str) -> list[str]:
-    """The files known below a part, e.g. "restoration/Set5"."""
-    return [path for path in _sums() if path.startswith(part + "/")]
+def names(start: str) -> list[str]:
+    """The known files whose paths begin so, e.g. with "restoration/Set5/"."""
+    return [path for path in _sums() if path.startswith(start)]
 
 
 def read(path: str) -> bytes:

@@ -1,8 +1,8 @@
-"""Pictures for restoration and style, and a text: from the user's folder, checksums verified, nothing downloaded.
+"""Pictures for restoration and for style: from the user's folder, checksums verified, nothing downloaded.
 
 Set5, Set14, Set12 and BSD68 are the test sets of the literature on super-resolution and denoising; those of Berkeley
-may be used for research and education that is not commercial. Of the style pictures, 256×256 pixels each, the paintings
-are in the public domain, the two contents are photographs by others: none but the paintings may be published.
+may be used for research and education that is not commercial. The paintings are in the public domain; the contents are
+photographs by others, to be used and not published.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import numpy.typing as npt
 from normscope.data.folder import names, read
 from normscope.errors import DataError, DependencyError
 
-__all__ = ["PICTURES", "Picture", "load_pictures", "load_text"]
+__all__ = ["PICTURES", "Picture", "load_pictures"]
 
+# Set → how the paths of its files begin.
 PICTURES = {
-    "Set5": "restoration/Set5",
-    "Set14": "restoration/Set14",
-    "Set12": "restoration/Set12",
-    "BSD68": "restoration/BSD68",
-    "style": "style",
+    "Set5": "restoration/Set5/",
+    "Set14": "restoration/Set14/",
+    "Set12": "restoration/Set12/",
+    "BSD68": "restoration/BSD68/",
+    "contents": "style/content_",
+    "paintings": "style/style_",
 }
 
 
@@ -37,6 +39,10 @@ class Picture:
 
 def load_pictures(name: str) -> tuple[Picture, ...]:
     """All pictures of a set, in the order of their names.
+
+    Args:
+        name: Set5, Set14 (colour, super-resolution), Set12, BSD68 (grey, denoising), contents or paintings (colour,
+            256 × 256, style transfer).
 
     Raises:
         DataError: no such set, or a file is absent or damaged.
@@ -54,16 +60,5 @@ def load_pictures(name: str) -> tuple[Picture, ...]:
     for path in sorted(names(PICTURES[name])):
         pixels = np.asarray(Image.open(io.BytesIO(read(path))))
         pixels.setflags(write=False)
-        found.append(Picture(path.rpartition("/")[2].removesuffix(".png"), pixels))
+        found.append(Picture(path.removeprefix(PICTURES[name]).removesuffix(".png"), pixels))
     return tuple(found)
-
-
-def load_text() -> str:
-    """Shakespeare, 1,115,394 characters of 65 kinds, in the public domain.
-
-    Source: A. Karpathy's char-rnn, tinyshakespeare.
-
-    Raises:
-        DataError: the variable or the file is absent, or the file is damaged.
-    """
-    return read("text/tinyshakespeare/input.txt").decode("ascii")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from normscope.errors import DataError
 from normscope.lab import registry
@@ -16,7 +17,7 @@ from normscope.lab.store import Store, decode_numbers, encode_numbers
 from normscope.lab.verdicts import merge
 from normscope.records import Claim, Experiment, Ledger, Machine, from_json, to_json
 
-__all__ = ["Run", "compare", "export", "judge", "ledger", "read", "read_folder"]
+__all__ = ["Run", "best", "compare", "export", "judge", "ledger", "read", "read_folder", "read_notes"]
 
 # The best run of an experiment is the one of the largest profile that is complete.
 PROFILES: tuple[ProfileName, ...] = ("quick", "cpu", "full")
@@ -156,12 +157,46 @@ def judge(run: Run) -> Experiment:
     )
 
 
-def ledger(runs: Iterable[Run]) -> Ledger:
-    """All claims, judged by the largest complete profile of each experiment."""
-    best: dict[str, Run] = {}
+def best(runs: Iterable[Run]) -> list[Run]:
+    """Of each experiment the run that counts: of the largest complete profile, the last of equals."""
+    found: dict[str, Run] = {}
     for run in sorted(runs, key=lambda run: (run.complete, PROFILES.index(run.profile))):
-        best[run.name] = run
-    found = [judge(best[name]) for name in registry.runnable() if name in best]
+        found[run.name] = run
+    return [found[name] for name in registry.runnable() if name in found]
+
+
+def read_notes(folder: Path) -> dict[str, str]:
+    """What the file notes.tsv says about runs of the folder, experiment by experiment; nothing where it is absent.
+
+    A line holds the name of the experiment, its profile, its registration, and a sentence, apart by tabs. A note about
+    other runs than those that are published is left out.
+
+    Raises:
+        DataError: a line is of another form.
+    """
+    path = folder / "notes.tsv"
+    notes: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            name, profile, registration, note = line.split("\t")
+        except ValueError as error:
+            cure = "write name, profile, registration and note, apart by tabs"
+            raise DataError("a line of notes.tsv is no note", cure=cure, line=line) from error
+        notes[f"{name} {profile} {registration}"] = note
+    return notes
+
+
+def ledger(runs: Iterable[Run], notes: Mapping[str, str] = MappingProxyType({})) -> Ledger:
+    """All claims, judged by the best run of each experiment.
+
+    Args:
+        runs: What there is.
+        notes: See `read_notes`.
+    """
+    judged = [judge(run) for run in best(runs)]
+    found = [
+        dataclasses.replace(e, note=notes.get(f"{e.registration.name} {e.profile} {e.digest}", "")) for e in judged
+    ]
     claims = tuple(_claim(entry.id, found) for entry in CLAIMS)
     return Ledger(claims, tuple(found), contradictions(claims, found), tuple(SOURCES.items()))
 
@@ -190,7 +225,8 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> list[tuple[str, str,
         numbers = f"{same} of {len(common)} runs the same bit for bit"
         verdicts = "not complete"
         if run.complete and twin.complete:
-            said = [[j.verdict for j in judge(r).judgements] for r in (run, twin)]
+            # Those of the numbers: that a quick profile never decides would make all of them agree.
+            said = [[j.verdict for j in r.experiment.judge(r.results)] for r in (run, twin)]
             verdicts = "the same verdicts" if said[0] == said[1] else f"verdicts {said[0]} and {said[1]}"
         rows.append((f"{run.name} {run.profile}", numbers, verdicts))
     return rows

@@ -30,28 +30,27 @@ def stacked_norm(name: str, seeds: int, width: int) -> nn.Module:
     if name == "LN":
         return ns.nn.Norm("s n [c]", (seeds, width), params="s c")
     if name.startswith("ghost"):
-        return _Ghost(seeds, width, int(name[5:]))
+        return _Parts(ns.nn.Norm("s [n] c", (seeds, width), params="s c", running=True), int(name[5:]), 1)
     raise ArgumentError(f"there is no normalizer {name!r} for stacked networks")
 
 
-class _Ghost(nn.Module):
-    """Statistics over parts of B samples, running ones for evaluation."""
+class _Parts(nn.Module):
+    """In training a normalizer sees parts of some samples, one after the other; in evaluation the whole batch."""
 
-    def __init__(self, seeds: int, width: int, size: int) -> None:
+    def __init__(self, norm: nn.Module, size: int, axis: int) -> None:
         super().__init__()
-        self.size = size
-        self.norm = ns.nn.Norm("s [n] c", (seeds, width), params="s c", running=True)
+        self.norm, self.size, self.axis = norm, size, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """(s, n, c) to the same."""
+        """Normalize; samples lie along the axis."""
         if not self.training:
             y: Tensor = self.norm(x)
             return y
-        return torch.cat([self.norm(part) for part in torch.split(x, self.size, 1)], 1)
+        return torch.cat([self.norm(part) for part in torch.split(x, self.size, self.axis)], self.axis)
 
 
 def norm_2d(name: str, channels: int) -> nn.Module:
-    """A normalizer for (n, c, h, w)."""
+    """A normalizer for (n, c, h, w): those above, GN, IN, Online, BRNB: Batch Renormalization over parts of B."""
     if name in ("none", "noop"):
         return nn.Identity()
     if name == "BN":
@@ -62,8 +61,11 @@ def norm_2d(name: str, channels: int) -> nn.Module:
         return ns.nn.GroupNorm(4, channels)
     if name == "IN":
         return ns.nn.InstanceNorm2d(channels, affine=True)
-    if name == "BRN":
-        return ns.nn.BatchRenorm(channels, schedule=None)
+    if name == "Online":
+        return ns.nn.OnlineNorm(channels)
+    if name.startswith("BRN"):
+        # A tenth of the published schedule, which counts parts: 16 are made of a batch of 32 with 2 in each.
+        return _Parts(ns.nn.BatchRenorm(channels, schedule=(500, 4000, 2500)), int(name[3:]), 0)
     if name.startswith("ghost"):
         return ns.nn.GhostBatchNorm(channels, int(name[5:]))
     raise ArgumentError(f"there is no normalizer {name!r} for images")

@@ -158,6 +158,8 @@ def _experiment(experiment: Experiment, figures: str) -> Iterator[str]:
     state = f"{experiment.runs} of {experiment.planned} runs, {words.number(experiment.seconds)} s of computing"
     yield f"- Profile {experiment.profile}: {state}; `{experiment.command}`."
     yield from (f"- **{j.verdict}** {j.question} {j.outcome} ({j.validity})" for j in experiment.judgements)
+    if experiment.note:
+        yield f"- Note: {experiment.note}"
     if experiment.picture is not None:
         yield from ("", f"![{experiment.picture.caption}]({figures}/{r.name}.svg)")
     yield ""

@@ -57,7 +57,7 @@ def _draw(axes: Axes, plot: Plot) -> None:
     if plot.y_log:
         axes.set_yscale("log")
     if plot.ticks:
-        slanted = max(map(len, plot.ticks)) * len(plot.ticks) > 44
+        slanted = max(map(len, plot.ticks)) * len(plot.ticks) > 50
         axes.set_xticks(
             range(len(plot.ticks)), plot.ticks, rotation=25 if slanted else 0, ha="right" if slanted else "center"
         )
@@ -67,6 +67,8 @@ def _draw(axes: Axes, plot: Plot) -> None:
     axes.set_title(plot.title, color=INK, fontsize=10.5, weight="bold", loc="left")
     axes.set_xlabel(plot.x, color=INK, fontsize=9.5)
     axes.set_ylabel(plot.y, color=INK, fontsize=9.5)
+    if sets > 1:
+        axes.margins(y=0.3)  # bars fill the plot: the legend needs room above them
     if any(series.name for series in plot.series):
         axes.legend(fontsize=8, frameon=False, labelcolor=INK)
 
@@ -99,4 +101,5 @@ def _series(axes: Axes, series: Series, place: int, sets: int) -> None:
         marker = MARKERS[series.colour % len(MARKERS)]
         axes.plot(series.x, series.y, marker, color=colour, label=name, markersize=5)
         if series.low:
-            axes.vlines(series.x, series.low, series.high, color=colour, linewidth=1.2)
+            # One line per interval, not vlines: the legend keeps clear of lines only.
+            axes.plot((series.x, series.x), (series.low, series.high), color=colour, linewidth=1.2)

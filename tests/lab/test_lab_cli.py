@@ -79,6 +79,29 @@ def test_report(done, tmp_path):
     assert (again / "ledger.json").read_text(encoding="utf-8") == to_json(record)
 
 
+def test_a_report_of_several_sources_and_notes(done, tmp_path):
+    other, out = tmp_path / "other.sqlite", tmp_path / "out"
+    call("run", "A16", "A11", "--profile", "cpu", "--store", other)
+    call("report", "--store", done, "--out", out, "--no-figures")
+    both = ledger.read(done) + ledger.read(other)
+    digests = {e.registration.name: e.digest for e in ledger.ledger(both).experiments}
+    told = (("A17", "quick", "Seen <twice>."), ("A11", "cpu", "Once."), ("A16", "quick", "Of other runs."))
+    notes = [f"{name}\t{profile}\t{digests[name]}\t{note}" for name, profile, note in told]
+    (out / "notes.tsv").write_text("\n".join(notes) + "\n")
+    call("report", other, out / "results", "--out", out, "--no-figures")
+    record = from_json(Ledger, (out / "ledger.json").read_text(encoding="utf-8"))
+    found = {e.registration.name: (e.profile, e.note) for e in record.experiments}
+    # The larger profile, wherever it is; and a note only on the runs that it is about.
+    assert found == {
+        "A11": ("cpu", "Once."), "A12": ("quick", ""), "A16": ("cpu", ""), "A17": ("quick", "Seen <twice>.")
+    }  # fmt: skip
+    assert len(list((out / "results").iterdir())) == 4
+    assert "- Note: Seen <twice>." in (out / "claims.md").read_text(encoding="utf-8")
+    assert "Seen &lt;twice&gt;." in (out / "index.html").read_text(encoding="utf-8")
+    (out / "notes.tsv").write_text("A17 seen twice")
+    assert "is no note" in call("report", other, "--out", out, "--no-figures", code=2)
+
+
 def test_what_enters_the_page_is_escaped(done):
     record = ledger.ledger(ledger.read(done))
     text = to_json(record).replace("Where the sigmoid has a gradient", "<script>alert(1)</script>")
@@ -164,7 +187,8 @@ def test_the_import_stays_light():
 
 @pytest.mark.skipif(not (ROOT / "docs" / "lab").is_dir(), reason="only in a checkout")
 def test_the_published_ledger_is_what_the_published_results_say():
-    record = ledger.ledger(ledger.read(ROOT / "docs" / "lab" / "results"))
+    lab = ROOT / "docs" / "lab"
+    record = ledger.ledger(ledger.read(lab / "results"), ledger.read_notes(lab))
     assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == claims.markdown(record, "lab/figures")
     for experiment in record.experiments:
         if experiment.picture is not None:

@@ -103,9 +103,14 @@ class Cost(Exact):
             "time / time of a scaling",
             series,
             x_log=True,
+            y_log=True,
             levels=(("registered threshold", self.threshold("two passes")),),
         )
-        return Picture("Batch Normalization takes longer than one reading and one writing of its tensor.", (plot,))
+        return Picture(
+            "Time of Batch Normalization, forward in training, in units of one reading and one writing of its tensor, "
+            "against the tensor's size: median with its interval.",
+            (plot,),
+        )
 
 
 def _operators() -> set[str]:

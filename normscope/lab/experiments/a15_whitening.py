@@ -74,8 +74,8 @@ class Whitening(Exact):
             f"(eigenvectors), {power['Newton']:.1f} (Newton); at {run.row('channels')[-1]:.0f} channels they "
             f"take {times[1]:.0f} and "
             f"{times[2]:.0f} times BatchNorm's. As two eigenvalues meet to 1e-9, PCA's gradient goes from "
-            f"{grows[0]:.1f} to {grows[-1]:.1e}, "
-            f"ZCA's, computed through the same eigenvectors, from {zca[0]:.1f} to {zca[-1]:.1e}; Newton's stays "
+            f"{grows[0]:.2g} to {grows[-1]:.2g}, "
+            f"ZCA's, computed through the same eigenvectors, from {zca[0]:.2g} to {zca[-1]:.2g}; Newton's stays "
             f"at {newton[-1]:.1f}. "
             f"With 4 samples of 8 features the covariance has rank {run.number('few samples'):.0f}."
         )

@@ -186,7 +186,7 @@ class Mnist(Tuned):
         return Picture(
             "The paper's figure 1: (a) shows accuracy against steps with and without Batch Normalization, (b, "
             "c) the percentiles of one "
-            "typical unit's input, unsteady without and steady with. Here: every network at its own best rate, "
+            "typical unit's input. Here: every network at its own best rate, "
             "the mean of the "
             "seeds and their range.",
             (accuracy, *reversed(bands)),

@@ -83,7 +83,7 @@ class Rates(Experiment):
             f"{10 ** statistics.mean(limits['BN']):.3g} against "
             f"{10 ** statistics.mean(limits['none']):.3g}",
             valid,
-            unit="powers of ten",
+            unit="decades of the rate",
         )
         if larger.verdict == "CONFIRMED" and factor < self.threshold("ratio of rates"):
             larger = ruled(

@@ -121,7 +121,7 @@ class Serving(Experiment):
                 margin=self.threshold("equal"),
             ),
             by_effect(
-                ("000-29", "004-9"),
+                ("004-9",),
                 "does it cost, trained with a small batch?",
                 small,
                 f"Training mode − stored statistics, {tiny}",
@@ -170,10 +170,12 @@ class Serving(Experiment):
                 )
             )
         return Picture(
-            "Served with the statistics of the request itself, small requests fail; with stored ones the size "
-            "of the request does not matter.",
+            "Test accuracy when a request is normalized by its own statistics, against its size, mean over seeds; and "
+            "by how it is normalized, mean and range over seeds.",
             (
-                Plot("statistics of the request", "request", "test accuracy", tuple(curves), x_log=True),
+                Plot(
+                    "by the request's own statistics", "images in a request", "test accuracy", tuple(curves), x_log=True
+                ),
                 Plot(
                     "ways of serving",
                     "trained with statistics over",
