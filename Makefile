@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data),)
 export NORMSCOPE_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help demo test check rules bench lab sanitize format clean
+.PHONY: help demo test check rules bench lab sanitize portable format clean
 help:
 	@echo "make demo    what Batch Normalization does, on real data, as figures and a page in normscope-demo/"
 	@echo "make test    all tests"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench   speed against eager torch and against copying, up to 15 minutes, in normscope-bench/"
 	@echo "make lab     the exact experiments and the ledger of claims, in normscope-lab/"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make portable  the kernels compiled for arm64 and run by an emulator"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make clean   remove the virtual environment and caches"
 
@@ -46,10 +47,10 @@ rules: $(READY)
 	$(BIN)/python scripts/confusion.py --cases --markdown docs/doctor.md
 	$(BIN)/python scripts/rule_pages.py
 
-# The architectures come from timm; where it cannot be installed beside this torch, the bench says so and runs without.
+# `make bench BENCH=docs/bench` renews what the README and docs/benchmarks.md show.
+BENCH ?= normscope-bench
 bench: $(READY)
-	-$(BIN)/python -m pip install --quiet --constraint constraints.txt timm
-	$(BIN)/normscope bench --output normscope-bench
+	$(BIN)/normscope bench --output $(BENCH)
 
 # Two runs at a time; a stopped command goes on where it was. LAB="B01 B06" PROFILE=cpu for others.
 LAB ?= exact
@@ -58,16 +59,28 @@ lab: $(READY)
 	$(BIN)/normscope lab run $(LAB) --profile $(PROFILE) --jobs 2
 	$(BIN)/normscope lab report
 
-# A copy of the package with its kernels built under the address and undefined-behaviour sanitizers, and the kernel tests.
+# A copy of the package with its kernels built under the address and undefined-behaviour sanitizers, and the kernel tests
+# with every instruction set: half an hour on two cores. Run from its folder, so that nothing imports the checkout.
 SANITIZE  := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED := build/sanitized
+PRELOADED  = $$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)
 sanitize: $(READY)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)/source
 	git ls-files -z | xargs -0 cp --parents --target-directory $(SANITIZED)/source
-	NORMSCOPE_CXXFLAGS="$(SANITIZE)" $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED)/site $(SANITIZED)/source
-	PYTHONPATH=$(SANITIZED)/site ASAN_OPTIONS=detect_leaks=0 \
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	$(BIN)/python -m pytest tests/test_kernels.py
+	NORMSCOPE_CXXFLAGS="$(SANITIZE)" $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED)/installed $(SANITIZED)/source
+	for isa in baseline avx2 avx512; do \
+		(cd $(SANITIZED) && NORMSCOPE_ISA=$$isa PYTHONPATH=$(CURDIR)/$(SANITIZED)/installed ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(PRELOADED)" \
+		$(abspath $(BIN))/python -m pytest $(CURDIR)/tests/test_kernels.py -k "not every_instruction_set") || exit; \
+	done
+
+# The baseline bodies as other machines compile them, against their formulas: by default for arm64, run by its emulator.
+PORTABLE ?= aarch64-linux-gnu-g++
+EMULATOR ?= qemu-aarch64
+portable:
+	mkdir -p build
+	$(PORTABLE) -O2 -std=c++20 -ffp-contract=fast -fno-math-errno -fno-trapping-math -static -Inormscope/kernels/cpp \
+		scripts/portable.cpp normscope/kernels/cpp/bodies_baseline.cpp -o build/portable
+	$(EMULATOR) build/portable
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -4,6 +4,8 @@ One shared object serves every Python and every torch from 2.10 on: it uses only
 headers lie in the target environment, and links against the libtorch_cpu that `import torch` has loaded. A second,
 small one, the steps of autograd between the kernels, is for that version of torch alone. Building never installs a
 torch. Without its headers or without a compiler the package is built without the objects and says so.
+
+GCC or Clang, on Windows the clang++ of LLVM: the bodies are written with their vector types, which MSVC does not have.
 """
 
 import os
@@ -25,9 +27,12 @@ SOURCES = Path(__file__).parent / "normscope" / "kernels" / "cpp"
 OBJECT = SOURCES / "libnormscope.so"
 AUTOGRAD = "libnormscope_autograd-{version}.so"  # kernels/cpu.py looks for the running torch's
 
+WINDOWS = sys.platform == "win32"
+
 # Never -ffast-math: linked with it, the object would set flush-to-zero for the whole process when it loads.
-FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
-FLAGS += ["-fno-trapping-math", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # stable ABI of torch 2.10
+FLAGS = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # stable ABI of torch 2.10
+FLAGS += [] if WINDOWS else ["-fPIC", "-fvisibility=hidden"]
 FLAGS += os.environ.get("NORMSCOPE_CXXFLAGS", "").split()  # make sanitize adds its own
 X86 = {"baseline": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
 
@@ -43,7 +48,8 @@ def headers():
 
 def compiler():
     """The C++ compiler to use."""
-    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    names = ("clang++",) if WINDOWS else ("g++", "clang++", "c++")  # a g++ there builds for another C++ library
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, names)), None)
 
 
 def units(include, folder):
@@ -63,7 +69,7 @@ def build(cxx, include):
         folder.mkdir()
         jobs = dict(units(include, folder))
         list(pool.map(lambda job: subprocess.run([cxx, *FLAGS, *job[1], "-o", str(job[0])], check=True), jobs.items()))
-        link(cxx, folder, OBJECT, jobs, ["torch_cpu"])
+        link(cxx, include, folder, OBJECT, jobs, ["torch_cpu"])
         try:
             steps.result()
         except subprocess.CalledProcessError as error:
@@ -78,20 +84,25 @@ def build_autograd(cxx, include, folder):
     flags = [flag for flag in FLAGS if not flag.startswith("-DTORCH_TARGET_VERSION")]
     source = ["-O1", f"-isystem{include}", "-c", str(SOURCES / "autograd.cpp")]
     subprocess.run([cxx, *flags, *source, "-o", str(unit)], check=True)
-    link(cxx, folder, SOURCES / AUTOGRAD.format(version=version), [unit], ["torch_cpu", "c10"])
+    link(cxx, include, folder, SOURCES / AUTOGRAD.format(version=version), [unit], ["torch_cpu", "c10"])
 
 
-def link(cxx, folder, target, units, libraries):
+def link(cxx, include, folder, target, units, libraries):
     """Link against the names of torch's libraries; what they lack shows when the object is loaded."""
     command = [cxx, *FLAGS, "-shared", "-o", str(target), *map(str, units)]
+    names = [f"-l{name}" for name in libraries]
     if sys.platform == "darwin":
         command += ["-undefined", "dynamic_lookup"]
+    elif WINDOWS:  # torch comes with import libraries; what tells the processor's abilities is Clang's own
+        asked = [cxx, "--rtlib=compiler-rt", "-print-libgcc-file-name"]
+        builtins = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+        command += [f"-L{include.parent / 'lib'}", *names, builtins]
     else:  # stubs of the right names: no path of the build machine gets into the object
         (folder / "stub.cpp").touch()
         for name in libraries:
             stub = [f"-Wl,-soname,lib{name}.so", str(folder / "stub.cpp"), "-o", str(folder / f"lib{name}.so")]
             subprocess.run([cxx, "-shared", "-fPIC", *stub], check=True)
-        command += [f"-L{folder}", "-Wl,-z,now", "-Wl,--no-as-needed", *(f"-l{name}" for name in libraries)]
+        command += [f"-L{folder}", "-Wl,-z,now", "-Wl,--no-as-needed", *names]
     subprocess.run(command, check=True)
 
 

@@ -756,6 +756,7 @@ class ModelSpeed:
 
     Attributes:
         changed: How many modules `accelerate` changed.
+        fused: The activations that normalizers took up.
         timings: Of a training step and of an evaluation.
         step: The step, as it is / accelerated.
         step_share: What accelerating gains, as a share of what leaving out normalizers and activations gains; None
@@ -771,6 +772,7 @@ class ModelSpeed:
     shape: tuple[int, ...]
     parameters: int
     changed: int
+    fused: tuple[str, ...]
     timings: tuple[Timing, ...]
     step: Interval
     step_share: Interval | None

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import io
+import itertools
 import pickle
 import sys
 import types
@@ -20,7 +21,7 @@ import normscope as ns
 from normscope import surgery
 from normscope.errors import ProofError
 from normscope.kernels.activations import ACTIVATIONS
-from normscope.surgery import find, fused, keep_float32, state_hash
+from normscope.surgery import find, foreign, fused, keep_float32, state_hash
 from normscope.surgery.chains import activation_of
 from normscope.surgery.fused import programs_of
 
@@ -986,8 +987,7 @@ def test_the_proof_is_told():
 
 @pytest.fixture
 def timm():
-    """Classes with the names and the behaviour of timm's, findable for pickle."""
-    act, norm = types.ModuleType("timm.layers.norm_act"), types.ModuleType("timm.layers.norm")
+    """Classes with the names and the behaviour of timm's, and one of torchvision's, findable for pickle."""
 
     class BatchNormAct2d(nn.BatchNorm2d):
         def __init__(self, channels, act=nn.ReLU, drop=nn.Identity):
@@ -998,51 +998,83 @@ def timm():
             assert x.ndim == 4
             return self.act(self.drop(super().forward(x)))
 
-    class GroupNormAct(nn.GroupNorm):
-        def __init__(self, channels, act=nn.ReLU, drop=nn.Identity):
-            super().__init__(2, channels)
-            self.drop, self.act, self._fast_norm = drop(), act(), False
+    class GroupNorm(nn.GroupNorm):
+        def __init__(self, channels, groups=2):
+            super().__init__(groups, channels)
+            self._fast_norm = False
 
         def forward(self, x):
-            return self.act(self.drop(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)))
+            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+    class GroupNorm1(GroupNorm):
+        def __init__(self, channels):
+            super().__init__(channels, 1)
+
+    class LayerNorm(nn.LayerNorm):
+        def forward(self, x):
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     class LayerNorm2d(nn.LayerNorm):
         def forward(self, x):
             return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
+    def activated(name, base):
+        def __init__(self, channels, act=nn.ReLU, drop=nn.Identity):
+            base.__init__(self, channels)
+            self.drop, self.act = drop(), act()
+
+        return type(name, (base,), {"__init__": __init__, "forward": lambda s, x: s.act(s.drop(base.forward(s, x)))})
+
+    places = {
+        "timm.layers.norm_act": [
+            BatchNormAct2d, activated("GroupNormAct", GroupNorm), activated("GroupNorm1Act", GroupNorm1),
+            activated("LayerNormAct", LayerNorm), activated("LayerNormAct2d", LayerNorm2d),
+        ],
+        "timm.layers.norm": [GroupNorm, GroupNorm1, LayerNorm, LayerNorm2d],
+        "torchvision.models.convnext": [type("LayerNorm2d", (LayerNorm2d,), {})],
+    }  # fmt: skip
+    found = {}
     with pytest.MonkeyPatch.context() as patch:
-        for package in ("timm", "timm.layers"):
-            patch.setitem(sys.modules, package, types.ModuleType(package))
-        for module, classes in ((act, (BatchNormAct2d, GroupNormAct)), (norm, (LayerNorm2d,))):
-            patch.setitem(sys.modules, module.__name__, module)
+        for place, classes in places.items():
+            *packages, _ = itertools.accumulate(place.split("."), lambda a, b: f"{a}.{b}")
+            for package in (*packages, place):
+                patch.setitem(sys.modules, package, types.ModuleType(package))
             for cls in classes:
-                cls.__module__, cls.__qualname__ = module.__name__, cls.__name__
-                setattr(module, cls.__name__, cls)
-        yield types.SimpleNamespace(**{cls.__name__: cls for cls in (BatchNormAct2d, GroupNormAct, LayerNorm2d)})
+                cls.__module__, cls.__qualname__ = place, cls.__name__
+                setattr(sys.modules[place], cls.__name__, cls)
+                found[f"{'torchvision' if 'vision' in place else ''}{cls.__name__}"] = cls
+        yield types.SimpleNamespace(**found)
 
 
-@pytest.mark.parametrize("kind", ["BatchNormAct2d", "GroupNormAct", "LayerNorm2d"])
+TIMM = (
+    "BatchNormAct2d", "GroupNormAct", "GroupNorm1Act", "LayerNormAct", "LayerNormAct2d", "GroupNorm", "GroupNorm1",
+    "LayerNorm", "LayerNorm2d", "torchvisionLayerNorm2d",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TIMM)
 def test_timm(timm, kind):
     cls = getattr(timm, kind)
+    activates, last = "Act" in kind, kind in ("LayerNorm", "LayerNormAct")
 
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm1, self.conv = cls(C), nn.Conv2d(C, C, 1)
-            self.norm2 = cls(C) if kind == "LayerNorm2d" else cls(C, nn.Identity)
+            self.norm1, self.mix = cls(C), nn.Linear(C, C) if last else nn.Conv2d(C, C, 1)
+            self.norm2 = cls(C, nn.Identity) if activates else cls(C)
 
         def forward(self, x):
-            return self.norm2(self.conv(self.norm1(x))) + x
+            return self.norm2(self.mix(self.norm1(x))) + x
 
-    model, x = shaken(Block), images()
+    model, x = shaken(Block), torch.randn(4, 5, C) if last else images()
     before, hashed = copy.deepcopy(model), state_hash(model)
     report = ns.accelerate(model, x)
     assert report.changed == ("norm1", "norm2")
     assert not report.skipped
     assert chains(model) == ["norm2 + residual"]
-    assert ("norm1 → relu" in report.notes) == (kind != "LayerNorm2d")
-    assert type(model.norm1).__name__ == kind
+    assert ("norm1 → relu" in report.notes) == activates
     assert isinstance(model.norm1, cls)
+    assert type(model.norm1).__name__ == cls.__name__
     with without_modules():
         ours = step(model, x)
     assert_same(ours, step(before, x), 5e-5)
@@ -1053,6 +1085,11 @@ def test_timm(timm, kind):
     ns.accelerate(fresh)
     assert ns.to_torch(fresh).changed == ("norm1", "norm2")
     assert state_hash(fresh) == hashed
+
+
+def test_every_class_that_is_known_by_its_name_is_tested():
+    names = {f"{'torchvision' if 'vision' in name else ''}{name.rpartition('.')[2]}" for name in foreign._KNOWN}
+    assert names == set(TIMM)
 
 
 def test_timm_left_alone(timm):
@@ -1117,6 +1154,10 @@ class GemmaRMSNorm(nn.Module):
         return (y * (1.0 + self.weight.float())).type_as(x)
 
 
+class T5LayerNorm(LlamaRMSNorm):
+    """A name that says otherwise."""
+
+
 class SoftRMSNorm(LlamaRMSNorm):
     """No RMSNorm."""
 
@@ -1124,7 +1165,7 @@ class SoftRMSNorm(LlamaRMSNorm):
         return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1)
 
 
-@pytest.mark.parametrize("cls", [LlamaRMSNorm, GemmaRMSNorm])
+@pytest.mark.parametrize("cls", [LlamaRMSNorm, GemmaRMSNorm, T5LayerNorm])
 def test_rms_norms_of_language_models(cls):
     model, x = shaken(lambda: Transformer(cls)), torch.randn(4, 5, C)
     before, hashed = copy.deepcopy(model), state_hash(model)
@@ -1235,6 +1276,20 @@ def test_torchs_conversion_drops_an_activation_and_ours_does_not():
     theirs = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(layer))
     assert theirs(x).min() < 0 <= expected.min()
     torch.testing.assert_close(ns.synchronize(layer).model(x), expected)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_torchs_conversion_drops_the_activation_inside_a_class_of_timm_and_ours_does_not(timm, accelerated):
+    model, x = shaken(lambda: nn.Sequential(timm.BatchNormAct2d(C))).eval(), images()
+    expected = model(x)
+    if accelerated:
+        ns.accelerate(model)
+    theirs = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert theirs(x).min() < 0 <= expected.min()
+    ns.synchronize(model)
+    assert isinstance(model[0], timm.BatchNormAct2d)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model.train()(x), F.relu(F.batch_norm(x, None, None, *model[0].parameters(), True)))
 
 
 def test_an_accelerated_model_survives_both_conversions():

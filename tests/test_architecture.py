@@ -47,7 +47,7 @@ THIRD_PARTY = {
     "doctor": {"torch", "numpy", "tomli"},
     "data": {"numpy", "PIL"},
     "report": {"rich", "jinja2", "markupsafe", "matplotlib", "numpy"},
-    "bench": {"torch", "timm"},
+    "bench": {"torch"},
     "lab": {"torch", "numpy", "ray"},
     "cli": {"click", "rich", "torch"},
     "__main__": set(),

@@ -9,25 +9,26 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.profiler import ProfilerActivity, profile
 
 import normscope as ns
+from normscope.bench import networks
 from normscope.bench.timing import Call, clock_of, interleave
-from normscope.errors import DependencyError
 from normscope.records import ModelMemory, ModelSpeed, Timing
 
-__all__ = ["ARCHITECTURES", "LAYOUTS", "Architecture", "load_timm", "measure"]
+__all__ = ["ARCHITECTURES", "LAYOUTS", "Architecture", "measure"]
 
 BATCH, SIDE = 8, 128
+PROVEN = 2  # images of the proof of `accelerate`, which runs in float64
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.Mish)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -35,10 +36,10 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model to be built by timm, with random weights."""
+    """A model with random weights."""
 
     name: str
-    build: Callable[[Any], nn.Module]
+    build: Callable[[], nn.Module]
     images: bool = True
 
     @property
@@ -51,85 +52,48 @@ class Architecture:
         return f"{self.name} cl" if layout == "channels_last" else self.name
 
 
-def _timm(name: str, model: str, *, images: bool = True, **options: int) -> Architecture:
-    return Architecture(name, lambda timm: timm.create_model(model, **options), images)
-
-
-class _UNet(nn.Module):
-    """A U-Net on timm's ResNet-18: upsample, join, convolve twice with BatchNorm and ReLU, four times."""
-
-    def __init__(self, timm: Any) -> None:
-        super().__init__()
-        self.encoder = timm.create_model("resnet18", features_only=True)
-        widths = self.encoder.feature_info.channels()
-        pairs = zip(widths[:0:-1], widths[-2::-1], strict=True)
-        self.decoder = nn.ModuleList(nn.Sequential(*_twice(deep + skip, skip)) for deep, skip in pairs)
-        self.head = nn.Conv2d(widths[0], 21, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        *skips, x = self.encoder(x)
-        for block, skip in zip(self.decoder, reversed(skips), strict=True):
-            x = block(torch.cat([F.interpolate(x, size=skip.shape[2:]), skip], 1))
-        y: Tensor = self.head(x)
-        return y
-
-
-def _twice(inputs: int, outputs: int) -> Iterator[nn.Module]:
-    for channels in (inputs, outputs):
-        yield nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
-        yield nn.BatchNorm2d(outputs)
-        yield nn.ReLU(inplace=True)
-
-
 ARCHITECTURES = (
-    _timm("MobileNetV2", "mobilenetv2_100"),
-    _timm("EfficientNet-B0", "efficientnet_b0"),
-    _timm("ResNet-18", "resnet18"),
-    _timm("ResNet-50", "resnet50"),
-    _timm("DenseNet-121", "densenet121"),
-    _timm("ConvNeXt-Atto", "convnext_atto"),
-    _timm("ViT-Ti/16", "vit_tiny_patch16_224", images=False, img_size=SIDE),
-    Architecture("U-Net", _UNet),
+    Architecture("MobileNetV2", networks.mobilenet_v2),
+    Architecture("EfficientNet-B0", networks.efficientnet_b0),
+    Architecture("ResNet-18", networks.resnet18),
+    Architecture("ResNet-50", networks.resnet50),
+    Architecture("DenseNet-121", networks.densenet121),
+    Architecture("ConvNeXt-Atto", partial(networks.convnext, (2, 2, 6, 2), (40, 80, 160, 320))),
+    Architecture("ViT-Ti/16", partial(networks.vision_transformer, SIDE, 192, 12, 3), images=False),
+    Architecture("U-Net", networks.unet),
 )
 
 
-def load_timm() -> Any:
-    """The package that builds the architectures.
-
-    Raises:
-        DependencyError: It is not installed, or does not load.
-    """
-    try:
-        import timm  # type: ignore[import-not-found,unused-ignore]
-    except Exception as error:  # a torchvision for another torch raises RuntimeError
-        raise DependencyError(
-            f"the architectures need timm, which cannot be imported: {error}",
-            cure="pip install timm, with the torchvision that fits your torch",
-        ) from error
-    return timm
-
-
-def measure(architecture: Architecture, layout: str, timm: Any, seconds: float, device: torch.device) -> ModelSpeed:
+def measure(architecture: Architecture, layout: str, seconds: float, device: torch.device) -> ModelSpeed:
     """Time a step and an evaluation of the model as it is, accelerated, and bare.
+
+    Args:
+        architecture: What to measure.
+        layout: Of images and weights.
+        seconds: For everything; the loop gets at least a fifth of it.
+        device: Where.
 
     Raises:
         ProofError: The accelerated model computes something else; `accelerate` compares outputs and gradients.
     """
+    start = time.perf_counter()
     torch.manual_seed(0)
     x = torch.randn(BATCH, 3, SIDE, SIDE, device=device).contiguous(memory_format=LAYOUTS[layout])
-    plain = architecture.build(timm).to(device, memory_format=LAYOUTS[layout]).train()  # type: ignore[call-overload]
-    report = ns.accelerate(plain, x, copy=True)
+    plain = architecture.build().to(device, memory_format=LAYOUTS[layout]).train()  # type: ignore[call-overload]
+    report = ns.accelerate(plain, x[:PROVEN], copy=True)
     models = {"torch": plain, "accelerated": report.model, "bare": _bare(copy.deepcopy(plain))}
     g = torch.randn_like(plain(x))
     memory = tuple(ModelMemory(name, _saved(model, x), _peak(model, x, g)) for name, model in models.items())
     alternatives = dict(_alternatives(models, x, g))
-    rounds = interleave(alternatives, seconds, clock_of(device))
+    left = max(seconds / 5, seconds - (time.perf_counter() - start))
+    rounds = interleave(alternatives, left, clock_of(device))
     return ModelSpeed(
         name=architecture.label(layout),
         layout=layout,
         shape=tuple(x.shape),
         parameters=sum(p.numel() for p in plain.parameters()),
         changed=len(report.changed),
+        fused=_fused(report.notes),
         timings=tuple(Timing(name, rounds.time(name)) for name in alternatives),
         step=rounds.ratio("torch", "accelerated"),
         step_share=rounds.gain("torch", "accelerated", "bare"),
@@ -140,6 +104,12 @@ def measure(architecture: Architecture, layout: str, timm: Any, seconds: float, 
         dropped=rounds.dropped,
         calm=rounds.calm,
     )
+
+
+def _fused(notes: Sequence[str]) -> tuple[str, ...]:
+    """The activations that normalizers have taken up, from notes as "body.4 → relu6" and "norm2 + residual → relu"."""
+    chains = (note.rpartition(" → ") for note in notes)
+    return tuple(sorted({act for norm, arrow, act in chains if arrow and not norm.endswith("sum")}))
 
 
 def _bare(model: nn.Module) -> nn.Module:

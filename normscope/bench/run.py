@@ -15,7 +15,7 @@ from normscope.bench import architectures, suite, timing
 from normscope.bench.architectures import ARCHITECTURES, LAYOUTS, Architecture
 from normscope.bench.cases import COMPILED, QUICK, SUITE, SWEEP, Case, Norm, select
 from normscope.bench.targets import judge
-from normscope.errors import ArgumentError, DependencyError, ProofError
+from normscope.errors import ArgumentError, ProofError
 from normscope.records import Benchmark, Machine, ModelSpeed, NormSpeed
 
 __all__ = ["FULL_SECONDS", "QUICK_SECONDS", "Settings", "run"]
@@ -86,7 +86,7 @@ def run(settings: Settings, *, command: str = "", tell: Tell = lambda *_: None) 
         command=command,
         started=started.isoformat(timespec="seconds"),
         seconds=time.perf_counter() - start,
-        machine=Machine.measure(("normscope", "torch", "timm")),
+        machine=Machine.measure(("normscope", "torch")),
     )
 
 
@@ -140,20 +140,13 @@ class _Bench:
 
     def models(self, chosen: Sequence[tuple[Architecture, str]], end: float) -> Iterator[ModelSpeed]:
         """Every architecture in every layout."""
-        if not chosen:
-            return
-        try:
-            timm = architectures.load_timm()
-        except DependencyError as error:
-            self.notes.append(f"no architectures: {error}")
-            return
         for k, (architecture, layout) in enumerate(chosen):
             name = architecture.label(layout)
             if not self._begin(name, end):
                 continue
             seconds = min(MODEL_SECONDS, (end - time.perf_counter()) / (len(chosen) - k))
             try:
-                yield architectures.measure(architecture, layout, timm, seconds, self.device)
+                yield architectures.measure(architecture, layout, seconds, self.device)
             except ProofError as error:  # it was left as it is, so there is nothing to time
                 self.notes.append(f"{name}: not accelerated: {error.sentence}")
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from normscope import statistics
-from normscope.records import Interval, ModelMemory, ModelSpeed, NormSpeed, Target
+from normscope.records import Interval, ModelSpeed, NormSpeed, Target
 
 __all__ = ["geometric_mean", "judge"]
 
 # Below it a call costs more than its arithmetic.
 SMALL = 64 << 10
+# Activations whose input torch keeps, and the layer behind them their output: fused, only what went into the norm is.
+CURVES = {"silu", "gelu", "gelu_tanh"}
 # How many architectures there should be.
 MODELS = 8
 
@@ -32,6 +34,8 @@ def judge(cases: Sequence[NormSpeed], models: Sequence[ModelSpeed]) -> tuple[Tar
     """The targets, each with its figure."""
     suite = [case for case in cases if case.part == "suite"]
     calm = [model for model in models if model.calm]
+    evaluations = [(m.name, m.evaluation_share) for m in calm if m.evaluation_share]
+    curved, plain = ([m for m in models if bool(CURVES & {*m.fused}) is curves] for curves in (True, False))
 
     def faster(text: str, goal: float, family: str, dtype: str = "", layout: str = "") -> Target:
         wanted = [c for c in suite if c.family == family and dtype in ("", c.dtype) and layout in ("", c.layout)]
@@ -48,10 +52,11 @@ def judge(cases: Sequence[NormSpeed], models: Sequence[ModelSpeed]) -> tuple[Tar
         faster("InstanceNorm channels_last", 6, "IN", layout="cl"),
         faster("BatchNorm float32 contiguous", 3, "BN", "f32", "contiguous"),
         _every("every training step: × as it was", [_Row(m.name, m.step, m.calm) for m in models]),
-        _middle("training step: share of the possible gain", [m.step_share for m in calm if m.step_share]),
-        _middle("evaluation: share of the possible gain", [m.evaluation_share for m in calm if m.evaluation_share]),
-        _middle("saved for backward: share of what it was", [_kept(m, lambda memory: memory.saved) for m in models]),
-        _middle("peak memory: share of what it was", [_kept(m, lambda memory: memory.peak) for m in models]),
+        _each("training step: share of the possible gain", 0.8, [(m.name, m.step_share) for m in calm if m.step_share]),
+        _each("evaluation: share of the possible gain", None, evaluations),
+        _each("saved for backward, SiLU or GELU fused: share spared", 0.2, [_spared(m, "saved") for m in curved]),
+        _each("saved for backward, the others: share spared", None, [_spared(m, "saved") for m in plain]),
+        _each("peak memory: share spared", 0.0, [_spared(m, "peak") for m in models]),
         _count("architectures measured", MODELS, {model.name.removesuffix(" cl") for model in calm}),
     )
 
@@ -60,9 +65,11 @@ def _least(case: NormSpeed) -> float:
     return 0.9 if case.size < SMALL else 1.0
 
 
-def _kept(model: ModelSpeed, what: Callable[[ModelMemory], int]) -> Interval:
-    before, after, _ = (what(memory) for memory in model.memory)
-    return Interval(after / before, after / before, after / before)
+def _spared(model: ModelSpeed, what: Literal["saved", "peak"]) -> tuple[str, Interval]:
+    """To a hundredth: some numbers more or less per channel are not what is asked."""
+    before, after, _ = (getattr(memory, what) for memory in model.memory)
+    spared = round(1 - after / before, 2) + 0.0  # no −0
+    return model.name, Interval(spared, spared, spared)
 
 
 def _verdict(met: bool) -> Literal["met", "missed"]:
@@ -119,13 +126,18 @@ def _every(text: str, rows: Sequence[_Row]) -> Target:
     return Target(text, 1.0, worst.ratio, "met", f"least of {len(rows)}: {worst.name}")
 
 
-def _middle(text: str, intervals: Sequence[Interval]) -> Target:
-    """The median over the architectures; no goal is set."""
-    if not intervals:
-        return Target(text, None, None, "open")
-    values = [i.value for i in intervals]
-    detail = f"median of {len(values)}, from {min(values):.2f} to {max(values):.2f}"
-    return Target(text, None, Interval(*statistics.median_interval(values)), "open", detail)
+def _each(text: str, goal: float | None, rows: Sequence[tuple[str, Interval]]) -> Target:
+    """The figure is the median over the architectures; a goal is met where none lies below it beyond its interval."""
+    if not rows:
+        return Target(text, goal, None, "open")
+    values = [figure.value for _, figure in rows]
+    middle = Interval(*statistics.median_interval(values))
+    name, least = min(rows, key=lambda row: row[1].value)
+    detail = f"median of {len(rows)}, from {least.value:.2f} ({name}) to {max(values):.2f}"
+    if goal is None:
+        return Target(text, None, middle, "open", detail)
+    short = sum(figure.high < goal for _, figure in rows)
+    return Target(text, goal, middle, _verdict(not short), f"{short} below it; {detail}" if short else detail)
 
 
 def _count(text: str, goal: int, names: set[str]) -> Target:

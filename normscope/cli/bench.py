@@ -26,9 +26,7 @@ __all__ = ["bench"]
     metavar="PATTERN",
     help='Only what is named like this, e.g. "GN*bf16*", "ResNet". Repeat.',
 )
-@click.option(
-    "--architectures/--no-architectures", default=None, help="Real models, built by timm. Default: unless --quick."
-)
+@click.option("--architectures/--no-architectures", default=None, help="Whole models, too. Default: unless --quick.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="Of torch. Default: what torch chooses.")
 @click.option(

@@ -90,7 +90,7 @@ class LayerNormLike(Foreign, LayerNorm):
 
 
 class LayerNorm2d(ChannelsFirst, LayerNorm):
-    """timm's LayerNorm2d."""
+    """timm's LayerNorm2d, and torchvision's."""
 
 
 class RMSNormLike(Foreign, Layer):
@@ -136,7 +136,7 @@ class OffsetRMSNorm(RMSNormLike):
 
 # --- which class is which -----------------------------------------------------------------------------------------
 
-_TIMM: dict[str, type[Foreign]] = {
+_KNOWN: dict[str, type[Foreign]] = {
     "timm.layers.norm_act.BatchNormAct2d": BatchNormAct2d,
     "timm.layers.norm_act.GroupNormAct": GroupNormAct,
     "timm.layers.norm_act.GroupNorm1Act": GroupNormAct,
@@ -146,6 +146,7 @@ _TIMM: dict[str, type[Foreign]] = {
     "timm.layers.norm.GroupNorm1": GroupNormLike,
     "timm.layers.norm.LayerNorm": LayerNormLike,
     "timm.layers.norm.LayerNorm2d": LayerNorm2d,
+    "torchvision.models.convnext.LayerNorm2d": LayerNorm2d,
 }
 
 
@@ -180,7 +181,7 @@ def restore(module: Module) -> None:
 
 
 def _candidates(cls: type[Module]) -> tuple[type[Foreign], ...]:
-    known = _TIMM.get(f"{cls.__module__}.{cls.__qualname__}")
+    known = _KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
     if known is not None:
         return (known,)
     rms = cls.__name__.lower().endswith("rmsnorm") or cls.__name__ == "T5LayerNorm"

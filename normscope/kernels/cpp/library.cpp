@@ -43,7 +43,7 @@ struct InstructionSet {
 // NORMSCOPE_ISA forces one, for tests; otherwise the widest that the processor has.
 const InstructionSet& instruction_set() {
   static const InstructionSet chosen = [] {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
