@@ -1,6 +1,6 @@
 """What the edits of models do to the architectures that people use: one table, model × operation × outcome.
 
-python scripts/zoo.py [--select PATTERN …] [--operation NAME …] [--again] [--write]
+python scripts/zoo.py [--select PATTERN …] [--operation NAME …] [--again] [--seconds N] [--write]
 
 Models of timm and transformers with random weights, normalizers with statistics far from 0 and 1 and γ of both signs,
 on small inputs; nothing is downloaded. Outcomes go into docs/zoo.json, and what is there is not computed again: the
@@ -10,13 +10,22 @@ sweep can be stopped and taken up, or run in pieces. --write puts the table into
   the very tensor that a convolution, Linear or Embedding has returned goes into them. Behind the plus those that were
   folded otherwise: before a layer, behind a concatenation or a reshaped output, behind another normalizer. Then the
   largest difference over the largest output, in float64.
+- *convert*: BatchNorm → GroupNorm(1), calibrated on one half of natural pictures (noise, where a model takes none),
+  measured on the other. Statistics are those of the pictures, moved by 0.3 σ and by factors of 0.5 to 2. Layers; how
+  far the moments of their outputs are from those of the old layers, in the middle layer: root mean square over the
+  channels of the difference of means in σ or of ln σ, the larger; in parentheses the same between the two halves
+  with the old layers, which is what sampling does; loss, the mean square of what the model's output is off by over
+  its variance, of the swap alone → calibrated.
 - the others go there and back: *exact* means that output and model were as before, bit for bit.
+
+Pictures are CIFAR-10's, in $NORMSCOPE_DATA.
 """
 
 import argparse
 import contextlib
 import copy
 import fnmatch
+import functools
 import importlib.machinery
 import inspect
 import json
@@ -29,13 +38,16 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import normscope as ns
+from normscope.data import load
 from normscope.surgery import find, state_hash
 from normscope.surgery.forward import feed
 
 RESULTS, PAGE = (Path(__file__).parents[1] / "docs" / name for name in ("zoo.json", "zoo.md"))
 SIZES = (64, 96, 128, 224, 256)
+PICTURES = 32  # in each half; docs/zoo.json says what it was
 
 TIMM = (
     "resnet18", "resnet26d", "resnext50_32x4d", "seresnet50", "ecaresnet26t", "skresnet18", "resnest14d",
@@ -280,14 +292,92 @@ def there_and_back(there, back):
     return operation
 
 
+def pictures(size):
+    """Two halves of natural pictures, each picture at mean 0 and variance 1 by channel."""
+    x = torch.tensor(load("cifar10").train_x[: 2 * PICTURES]).float()
+    x = F.interpolate(x, size, mode="bilinear")
+    return F.instance_norm(x).chunk(2)
+
+
+def halves(example):
+    """Two batches like an example, large enough to measure moments on."""
+
+    def drawn(t):
+        if t.dim() == 4 and t.shape[1] == 3:
+            return pictures(t.shape[-2:])
+        shape = (2 * PICTURES, *t.shape[1:])
+        return (torch.randn(shape) if t.is_floating_point() else torch.randint(0, 30, shape)).chunk(2)
+
+    if isinstance(example, torch.Tensor):
+        return drawn(example)
+    pairs = {key: drawn(t) for key, t in example.items()}
+    return [{key: pair[k] for key, pair in pairs.items()} for k in (0, 1)]
+
+
+def perturb(model, batch):
+    """Statistics of the batch, then moved by 0.3 σ and by factors of 0.5 to 2: a deep network stays within range."""
+    ns.recalibrate(model, [batch], progress=False)
+    with torch.no_grad():
+        for found in find(model):
+            if found.running:
+                mean, var = found.module.running_mean, found.module.running_var
+                mean += 0.3 * var.sqrt() * torch.randn(mean.shape)
+                var *= torch.empty(var.shape).uniform_(0.5, 2)
+
+
+def moments(model, names, batch):
+    """Mean and standard deviation, by layer and channel, of what normalizers give to their activation; the output."""
+    seen, handles = {name: [] for name in names}, []
+    for name in names:
+        module = model.get_submodule(name)
+        note = functools.partial(lambda name, y: seen[name].append(y.transpose(0, 1).flatten(1).double()), name)
+        if "drop" in module._modules and "act" in module._modules:
+            handles.append(module.drop.register_forward_pre_hook(lambda _, args, note=note: note(args[0])))
+        else:
+            handles.append(module.register_forward_hook(lambda _, __, y, note=note: note(y)))
+    y = output(model, batch)[0].double()
+    for handle in handles:
+        handle.remove()
+    joined = {name: torch.cat(parts, 1) for name, parts in seen.items() if parts}
+    return {name: (t.mean(1), t.std(1)) for name, t in joined.items()}, y
+
+
+def apart(old, new):
+    """Root mean square over the channels of the difference of means, in σ, and of that of ln σ; the larger."""
+    (m, s), (n, t) = old, new
+    alive = (s > 0) & (t > 0)
+    return max(float(d[alive].square().mean().sqrt()) for d in ((n - m) / s, (t / s).log()))
+
+
 def convert(model, example):
-    before = state_hash(model)
-    report = ns.convert(model, {"BatchNorm": "GroupNorm(1)"})
-    left = sum(f.kind == "BatchNorm" for f in find(report.model))
-    finite = all(bool(t.isfinite().all()) for t in output(report.model, example) if t.is_floating_point())
+    """BatchNorm → GroupNorm(1), fitted on one half of the data, measured on the other."""
+    names = [f.name for f in find(model) if f.kind == "BatchNorm"]
+    if not names:
+        return {"outcome": "exact", "changed": 0, "skipped": 0}
+    rules = {"BatchNorm": "GroupNorm(1)"}
+    fitted, held = halves(example)
+    perturb(model, fitted)
+    there, _ = moments(model, names, fitted)
+    old, target = moments(model, names, held)
+    before = state_hash(model)  # some models keep what they compute
+    naive = output(ns.convert(model, rules, example=fitted, copy=True).model, held)[0]
+    report = ns.convert(model, rules, calibrate=[fitted])
+    new, y = moments(report.model, [name for name in report.changed if name in old], held)
     report.undo()
-    right = finite and left == sum(name != "" for name, _ in report.skipped) and state_hash(model) == before
-    return {"outcome": "exact" if right else "WRONG", "changed": len(report.changed), "skipped": len(report.skipped)}
+    distances = sorted(apart(old[name], new[name]) for name in new) or [0.0]
+    sampling = sorted(apart(old[name], there[name]) for name in new) or [0.0]
+    finite = all(bool(t.isfinite().all()) for t in (naive, y))
+    return {
+        "outcome": "exact" if finite and state_hash(model) == before else "WRONG",
+        "changed": len(report.changed),
+        "skipped": len(report.skipped),
+        "pictures": PICTURES,
+        "off": distances[len(distances) // 2],
+        "worst": distances[-1],
+        "sampling": sampling[len(sampling) // 2],
+        "loss": [float((t - target).square().mean() / target.var()) for t in (naive, y)],
+        "left": sorted({re.sub(r"\d+", "#", reason) for _, reason in report.skipped}),
+    }
 
 
 OPERATIONS = {
@@ -295,7 +385,8 @@ OPERATIONS = {
     "freeze": there_and_back(lambda m, _: ns.freeze(m), ns.unfreeze),
     "synchronize": there_and_back(lambda m, _: ns.synchronize(m), ns.desynchronize),
     "accelerate": there_and_back(ns.accelerate, ns.to_torch),
-} | ({"convert": convert} if hasattr(ns, "convert") else {})
+    "convert": convert,
+}
 
 
 def outcome(operation, model, example):
@@ -320,6 +411,9 @@ def cell(operation, result):
     if operation == "fold":
         more = f" + {result['more']}" if result["more"] else ""
         return f"{result['folded']}/{result['behind']}{more}, {result['error']:.0e}" if result["norms"] else "–"
+    if operation == "convert" and result["changed"]:
+        off, sampling, (naive, fitted) = result["off"], result["sampling"], result["loss"]
+        return f"{result['changed']}, {100 * off:.0f} ({100 * sampling:.0f}) %, {naive:.2g} → {fitted:.2g}"
     return f"exact, {result['changed']}" if result["changed"] else "–"
 
 
@@ -330,15 +424,23 @@ def table(results):
     rows += [f"| {n} | {' | '.join(cell(o, results[n].get(o)) for o in OPERATIONS)} |" for n in names]
     folds = {n: results[n]["fold"] for n in names if results[n].get("fold", {}).get("outcome") == "exact"}
     behind, folded, more = (sum(f[key] for f in folds.values()) for key in ("behind", "folded", "more"))
+    fits = [r for n in names if (r := results[n].get("convert", {})).get("changed")]
     wrong = [f"{n} {o}" for n in names for o, r in results[n].items() if r["outcome"] in ("WRONG", "FAILED")]
     head = [
         f"{len(names)} models. Folded: {folded} of {behind} normalizers right behind a layer"
         f" ({100 * folded / max(behind, 1):.1f} %), and {more} others."
+        f" Converted: {sum(r['changed'] for r in fits)} in {len(fits)} models, {sum(r['skipped'] for r in fits)} left;"
+        f" moments within 5 % in {sum(r['off'] <= 0.05 for r in fits)} models, nearer than the two halves are in"
+        f" {sum(r['off'] <= r['sampling'] for r in fits)}; loss less than a tenth of the swap's in"
+        f" {sum(r['loss'][1] <= 0.1 * r['loss'][0] for r in fits)}."
         f" Refused: {sum(r['outcome'] == 'refused' for n in names for r in results[n].values())}."
         f" Wrong: {', '.join(wrong) or 'none'}."
     ]
     why = [f"- {n}: {f['left'][0]}{', …' if f['left'][1:] else ''}" for n, f in folds.items() if f["left"]]
-    return "\n".join([*head, "", *rows, "", "Right behind a layer, and left:", "", *(why or ["- none"])])
+    left = [f"- {n}: {r['left'][0]}" for n in names if (r := results[n].get("convert", {})).get("left")]
+    lists = (("Right behind a layer, and not folded:", why), ("Not converted:", left))
+    ends = [line for title, lines in lists for line in ("", title, "", *(lines or ["- none"]))]
+    return "\n".join([*head, "", *rows, *ends])
 
 
 def main():
@@ -347,12 +449,14 @@ def main():
     parser.add_argument("--select", nargs="*", default=["*"], help="patterns of names, as 'timm res*'")
     parser.add_argument("--operation", nargs="*", default=list(OPERATIONS), choices=list(OPERATIONS))
     parser.add_argument("--again", action="store_true", help="compute what is there, too")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further model after that long")
     parser.add_argument("--write", action="store_true", help="put the table into docs/zoo.md")
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     warnings.simplefilter("ignore")
+    end = time.monotonic() + given.seconds
     for name, build in models().items():
-        if not any(fnmatch.fnmatch(name, pattern) for pattern in given.select):
+        if time.monotonic() > end or not any(fnmatch.fnmatch(name, pattern) for pattern in given.select):
             continue
         missing = [o for o in given.operation if given.again or o not in results.get(name, {})]
         if missing:

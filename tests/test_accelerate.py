@@ -976,6 +976,27 @@ def test_the_example_catches_a_wrong_program(name, monkeypatch):
     assert state_hash(model) == hashed
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_dropout_behind_a_tensor_of_other_strides(inplace):
+    """torch draws random numbers by place in memory, and its LayerNorm of a transposed tensor is contiguous."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop, self.last = nn.LayerNorm(C), nn.Dropout(0.5, inplace), nn.Linear(C, C)
+
+        def forward(self, x):
+            y = self.norm(x.transpose(1, 2)) * 1
+            return self.last(self.drop(y) + 0.1 * torch.randn_like(y))
+
+    x = torch.randn(3, C, 5)
+    strides = [norm(x.transpose(1, 2)).stride() for norm in (nn.LayerNorm(C), ns.nn.LayerNorm(C))]
+    assert strides[0] != strides[1]  # else this shows nothing
+    report = ns.accelerate(Model(), x)
+    assert report.changed == ("norm",)
+    assert report.notes[-1].startswith("same output in evaluation and training mode")
+
+
 def test_the_proof_is_told():
     assert "same output in evaluation and training mode" in ns.accelerate(Basic(), images()).notes[-1]
     one = ns.accelerate(nn.Sequential(nn.BatchNorm1d(C), nn.ReLU()), torch.randn(1, C))

@@ -1,5 +1,6 @@
 """`adapt`: the formulas by NumPy, the guard on planted shifts and mixes of classes, and under every fault."""
 
+import contextlib
 import copy
 import math
 
@@ -10,6 +11,7 @@ from torch import nn
 
 import normscope as ns
 from normscope.surgery import freeze, state_hash
+from normscope.surgery.adapt import Adaptation, judge
 
 CLASSES = 6
 
@@ -179,6 +181,22 @@ def test_a_mix_of_classes_under_a_shift_is_refused_too(classes):
         ns.ProofError, match=r"predictions on the part held out fall into [12]\.\d classes, fewer than 2"
     ):
         ns.adapt(copy.deepcopy(TRAINED), loader(classes, shifted))
+
+
+@pytest.mark.parametrize(
+    ("first", "all_adapted", "refused"),
+    [
+        (4.2, 5.6, "spreads the predictions from 4.2 over 5.6 classes, fewer than 6.5"),
+        (4.2, 4.2, None),  # few classes, and they stay those
+        (4.7, 8.9, None),  # a strong shift, of which one layer undoes half
+        (9.7, 9.8, None),
+        (3.9, 8.9, "fall into 3.9 classes, fewer than 4.0"),
+    ],
+)
+def test_predictions_that_spread_without_getting_balanced_are_refused(first, all_adapted, refused):
+    measured = Adaptation((0.6, 0.1), None, (first, 4.0), (all_adapted, 6.5), (0.5, 0.4), None, (160, 40))
+    with pytest.raises(ns.ProofError, match=refused) if refused else contextlib.nullcontext():
+        judge(measured)
 
 
 def test_a_first_layer_that_sees_the_classes_cannot_judge():

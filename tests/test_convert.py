@@ -342,6 +342,12 @@ def test_children_behind_the_normalization_are_kept():
     torch.testing.assert_close(torch.compile(model, backend="eager")(X), expected)
 
 
+def test_a_normalizer_inside_a_normalizer_is_converted_too():
+    model = nn.Sequential(BatchNormAct2d(8, nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())))
+    assert ns.convert(model, {"BatchNorm": "GroupNorm(2)"}).changed == ("0", "0.act.0")
+    assert [type(m) for m in (model[0].act[0], ns.surgery.find(model)[1].module)] == [ns.nn.GroupNorm] * 2
+
+
 def test_the_naive_swap_loses_the_activation_of_such_classes():
     """What torch's own converter does to a subclass with an activation: pytorch/pytorch#187298."""
     model = nn.Sequential(BatchNormAct2d(8, nn.ReLU())).eval()
@@ -351,6 +357,34 @@ def test_the_naive_swap_loses_the_activation_of_such_classes():
     ours = ns.convert(model, {"BatchNorm": "SyncBatchNorm"}, copy=True).model
     assert (ours(x) >= 0).all()
     torch.testing.assert_close(ours(x), model(x))
+
+
+def test_torchs_conversion_loses_hooks_and_attributes():
+    """It builds a new module from the arguments of the old one."""
+    model, seen = nn.Sequential(nn.BatchNorm2d(3)), []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    model[0].mine = "mine"
+    theirs = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert not theirs[0]._forward_hooks
+    assert not hasattr(theirs[0], "mine")
+    ours = ns.synchronize(model, copy=True).model
+    assert ours[0].mine == "mine"
+    torch.testing.assert_close(ours(X), model(X))
+    assert len(seen) == 2
+
+
+def test_going_back_from_synchronized_others_lose_the_dimensions():
+    """What Lightning and mmengine put in the place of SyncBatchNorm accepts any number of axes."""
+
+    class AnyBatchNorm(nn.modules.batchnorm._BatchNorm):
+        def _check_input_dim(self, input):  # noqa: A002
+            pass
+
+    assert AnyBatchNorm(3)(torch.randn(4, 3, 2)).shape == (4, 3, 2)
+    model = ns.desynchronize(ns.synchronize(nn.Sequential(nn.BatchNorm2d(3))).model).model
+    assert type(model[0]) is nn.BatchNorm2d
+    with pytest.raises(ValueError, match="expected 4D input"):
+        model(torch.randn(4, 3, 2))
 
 
 def test_a_subclass_that_does_something_else_is_left():
@@ -393,17 +427,17 @@ def before_activation(model, loader, names):
 @pytest.mark.parametrize(
     "target", ["GroupNorm(4)", "LayerNorm2d", "Norm('n (g [c]) [h w]', g=2)", "BatchRenorm", "SwitchNorm"]
 )
-@pytest.mark.parametrize("training", [True, False])
-def test_calibration_gives_the_outputs_their_old_moments(target, training):
+@pytest.mark.parametrize(("training", "loader"), [(True, LOADER), (False, LOADER), (False, [X])])
+def test_calibration_gives_the_outputs_their_old_moments(target, training, loader):
     model = net().train(training)
-    wanted = before_activation(model, LOADER, ("1", "4", "6"))
+    wanted = before_activation(model, loader, ("1", "4", "6"))
     modes = [m.training for m in model.modules()]
-    report = ns.convert(model, {"BatchNorm": target}, calibrate=LOADER)
+    report = ns.convert(model, {"BatchNorm": target}, calibrate=loader)
     assert report.changed == ("1", "4", "6")
     assert [m.training for m in model.modules()] == modes
     assert model[4].activation == "relu"
     assert all(not hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks))
-    found = before_activation(model, LOADER, ("1", "4", "6"))
+    found = before_activation(model, loader, ("1", "4", "6"))
     for name, (mean, std) in wanted.items():
         # float32 parameters and outputs against float64 moments.
         np.testing.assert_allclose(found[name][0], mean, atol=2e-5 * std.max())
@@ -411,6 +445,16 @@ def test_calibration_gives_the_outputs_their_old_moments(target, training):
     fits = report.details["calibration"].layers
     assert set(fits) == {"1", "4", "6"}
     assert all(fit.mean[1] < 1e-4 and fit.spread[1] < 1e-4 for fit in fits.values())
+
+
+def test_one_batch_is_calibrated_in_one_forward():
+    def forwards(loader, depth):
+        model, count = nn.Sequential(*(nn.BatchNorm2d(3) for _ in range(depth))), []
+        ns.convert(model, {"BatchNorm": "GroupNorm(1)"}, calibrate=loader, forward=lambda m, x: count.append(1) or m(x))
+        return len(count)
+
+    assert forwards([X], 12) == forwards([X], 2)
+    assert forwards(LOADER, 12) - forwards(LOADER, 2) == 10 * len(LOADER)
 
 
 def test_calibration_goes_in_the_order_of_execution():
@@ -426,12 +470,14 @@ def test_calibration_goes_in_the_order_of_execution():
     model = Backwards()
     for _ in range(5):
         model(X * torch.tensor([1.0, 5.0, 0.2]).view(3, 1, 1))
-    wanted = before_activation(model, LOADER, ("early", "late"))
-    report = ns.convert(model, {"BatchNorm": "GroupNorm(1)"}, calibrate=LOADER)
-    assert list(report.details["calibration"].layers) == ["early", "late"]
-    found = before_activation(model, LOADER, ("early", "late"))
-    for name in wanted:
-        np.testing.assert_allclose(found[name][1], wanted[name][1], rtol=1e-4)
+    for loader in (LOADER, [X]):
+        wanted = before_activation(model, loader, ("early", "late"))
+        report = ns.convert(model, {"BatchNorm": "GroupNorm(1)"}, calibrate=loader)
+        assert list(report.details["calibration"].layers) == ["early", "late"]
+        found = before_activation(model, loader, ("early", "late"))
+        for name in wanted:
+            np.testing.assert_allclose(found[name][1], wanted[name][1], rtol=1e-4)
+        report.undo()
 
 
 def test_the_losses_and_outputs_reported_are_those_of_the_models():

@@ -1,5 +1,7 @@
 """Fold: every layer, every way that calls can be wired, and what must stay as it is; torch's own results beside."""
 
+import builtins
+import concurrent.futures
 import copy
 import importlib
 import importlib.util
@@ -23,6 +25,9 @@ from normscope.surgery import is_frozen, keep_float32, refold, state_hash
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it scripts a module when it is imported
     from torch.fx.experimental import optimization
+
+
+ISINSTANCE = isinstance
 
 
 @pytest.fixture(autouse=True)
@@ -496,6 +501,19 @@ def test_the_order_of_definition_means_nothing():
     assert report.notes[:2] == ("norm → other", "second → conv")
 
 
+def test_by_the_order_of_definition_another_layer_gets_the_normalizer():
+    """What packages do that go through named_children(): a wrong output without a word."""
+    model = randomized(Wired(lambda m, x: m.second(m.other(m.norm(m.conv(x)).relu()))))
+    expected, theirs, last = exact(model, X), copy.deepcopy(model), None
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm2d) and last is not None:
+            setattr(theirs, last, fuse_conv_bn_eval(getattr(model, last), child))
+            setattr(theirs, name, nn.Identity())
+        last = name if isinstance(child, nn.Conv2d) else None
+    assert (exact(theirs, X) - expected).abs().max() > 0.1 * expected.abs().max()
+    folds(model, X, ["norm", "second"])
+
+
 def test_blocks_of_a_model_that_cannot_be_traced():
     class Model(nn.Module):
         def __init__(self):
@@ -558,6 +576,89 @@ def test_sizes_that_are_arguments_do_not_crash_torch():
     model = randomized(Model())
     report = ns.fold(model, X)
     assert report.changed == ("norm",)
+
+
+def pausing(pause):
+    """A model whose forward pauses while it is traced."""
+
+    def wire(model, x):
+        if isinstance(x, fx.Proxy):
+            pause()
+        return model.norm(model.conv(x))
+
+    return randomized(Wired(wire))
+
+
+def run(*actions):
+    """Run in threads of their own."""
+    with concurrent.futures.ThreadPoolExecutor(len(actions)) as pool:
+        return [future.result(60) for future in [pool.submit(action) for action in actions]]
+
+
+def test_other_threads_run_their_models_while_one_is_traced():
+    """What the tracer patches, isinstance and the attributes and calls of modules, is its own thread's business."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.BatchNorm1d(4)).eval()
+    x = torch.randn(3, 4)
+    expected = model(x)
+    tracing, done = threading.Event(), threading.Event()
+
+    def pause():
+        tracing.set()
+        assert done.wait(30)
+
+    def other():
+        assert tracing.wait(30)
+        try:
+            assert isinstance(x, torch.Tensor)
+            assert not isinstance(x, list)
+            assert model[1].track_running_stats
+            return model(x), builtins.isinstance
+        finally:
+            done.set()
+
+    report, (output, patched) = run(lambda: ns.fold(pausing(pause), X), other)
+    assert report.changed == ("norm",)
+    assert torch.equal(output, expected)
+    assert patched is not ISINSTANCE  # it did run in the midst of it
+    assert builtins.isinstance is ISINSTANCE
+
+
+def test_random_numbers_of_another_thread_are_not_the_forwards():
+    drawn = []
+
+    def pause():
+        if len(drawn) < 6:  # as many traces as there are without a second try
+            drawn.append(run(lambda: torch.rand(1)))
+
+    assert ns.fold(pausing(pause), X).changed == ("norm",)
+    assert "draws random numbers" in reasons(pausing(lambda: torch.rand(1)), X)["norm"]
+
+
+def test_two_threads_trace_one_after_the_other():
+    """A second trace would take the first one's patches for the original, and bring them back for good."""
+    tracing, both, finished = threading.Event(), threading.Event(), threading.Event()
+
+    def pause_first():
+        tracing.set()
+        both.wait(0.5)  # in vain, unless both are traced at once
+
+    def pause_second():
+        both.set()
+        finished.wait(0.5)
+
+    def first():
+        report = ns.fold(pausing(pause_first), X)
+        finished.set()
+        return report
+
+    def second():
+        tracing.wait(30)
+        return ns.fold(pausing(pause_second), X)
+
+    reports = run(first, second)
+    assert [report.changed for report in reports] == [("norm",), ("norm",)]
+    assert builtins.isinstance is ISINSTANCE
+    assert "__getattribute__" not in vars(nn.Module)
 
 
 def test_a_forward_that_keeps_what_it_computes_is_not_traced():
@@ -876,6 +977,33 @@ def test_torch_rounds_the_scale_of_half_precision_first():
     ns.fold(model, X.bfloat16())
     ours = model[0].weight.double()
     assert (ours - best).norm() < 0.8 * (torchs - best).norm()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_divides_by_gamma_in_quantization_aware_training():
+    """Where a channel's γ is 0, what it computes there is NaN."""
+    from torch.ao import quantization
+    from torch.ao.nn import intrinsic
+
+    pair = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    randomized(pair)
+    assert pair[1].weight[0] == 0
+    fused = intrinsic.ConvBn2d(*copy.deepcopy(pair)).train()
+    fused.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    theirs = intrinsic.qat.ConvBn2d.from_float(fused).eval()
+    theirs.apply(quantization.disable_fake_quant), theirs.apply(quantization.disable_observer)
+    assert theirs(X)[:, 0].isnan().all()
+    folds(pair, X, ["1"])
+
+
+def test_torch_cannot_trace_subclasses():
+    class Own(nn.BatchNorm2d):
+        pass
+
+    model = randomized(nn.Sequential(nn.Conv2d(4, 4, 1), Own(4)))
+    with pytest.raises(fx.proxy.TraceError):
+        optimization.fuse(copy.deepcopy(model))
+    folds(model, X, ["1"])
 
 
 def test_a_bias_is_scaled_too():

@@ -526,13 +526,23 @@ def test_layers_whose_statistics_are_not_theirs_to_measure():
 # --- what torch's update_bn does instead ------------------------------------------------------------------------------
 
 
-def test_frozen_layers_are_measured_by_update_bn_and_not_here():
+def test_update_bn_resets_frozen_layers_but_not_ours():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     model[0].running_mean.fill_(2)
-    freeze(model, select="0")
     theirs, batches = copy.deepcopy(model), draw((8, 3), (8, 3))
+    theirs[0].train = lambda mode=True: theirs[0]  # frozen by hand, as the usual recipes do
+    theirs[0].training = False
     torch.optim.swa_utils.update_bn(batches, theirs)
-    assert torch.equal(theirs[0].running_mean, torch.zeros(3))  # reset, and frozen in that state
+    assert torch.equal(theirs[0].running_mean, torch.zeros(3))  # reset, and never measured
+
+    freeze(model, select="0")
+    ours = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"ns\.unfreeze\(model\) first"):
+        torch.optim.swa_utils.update_bn(batches, ours)
+    assert torch.equal(ours[0].running_mean, model[0].running_mean)
+    assert torch.equal(ours[0].running_var, model[0].running_var)
+    # The other layer has been measured, on what the frozen one gives it.
+    torch.testing.assert_close(ours[1].running_mean, torch.cat([ours[0](b) for b in batches]).mean(0))
     assert dict(recalibrate(model, batches).skipped) == {"0": "frozen"}
     assert torch.equal(model[0].running_mean, torch.full((3,), 2.0))
 
@@ -578,3 +588,59 @@ def test_uneven_batches_weigh_the_same_in_update_bn_and_by_count_here():
     recalibrate(model, batches)
     torch.testing.assert_close(model.running_mean, torch.cat(batches).mean(0))
     assert (theirs.running_mean - 5).abs().max() < 0.1
+
+
+def test_update_bn_forgets_the_modes_of_parts_and_this_does_not():
+    model, batches = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()), draw((8, 3))
+    model[1].eval()  # on purpose, in a model that trains
+    theirs = copy.deepcopy(model)
+    torch.optim.swa_utils.update_bn(batches, theirs)
+    recalibrate(model, batches)
+    assert (theirs[1].training, model[1].training) == (True, False)
+
+
+def test_update_bn_loses_the_variance_between_batches():
+    batches = [torch.randn(500, 3) - 5, torch.randn(500, 3) + 5]
+    model, theirs = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    torch.optim.swa_utils.update_bn(batches, theirs)
+    recalibrate(model, batches)
+    torch.testing.assert_close(model.running_var, torch.cat(batches).var(0))
+    assert (theirs.running_var < 2).all()  # 1 within each batch, 25 between them
+
+
+def test_instance_statistics_without_momentum_stand_still_in_torch_and_not_here():
+    theirs, model = (nn.InstanceNorm1d(3, momentum=None, track_running_stats=True) for _ in range(2))
+    theirs.train()(torch.randn(8, 3, 5) + 7)
+    assert torch.equal(theirs.running_mean, torch.zeros(3))
+    assert theirs.num_batches_tracked == 0
+    assert dict(ns.accelerate(copy.deepcopy(model)).skipped)[""].startswith("torch's InstanceNorm never moves")
+    (batch,) = draw((8, 3, 5))
+    recalibrate(model, [batch])
+    torch.testing.assert_close(model.running_mean, batch.mean((0, 2)))
+
+
+# --- what fvcore does instead -----------------------------------------------------------------------------------------
+
+
+def test_a_short_loader_leaves_fvcore_with_hooks_and_momentum_and_this_as_it_was():
+    precise = pytest.importorskip("fvcore.nn.precise_bn")
+    model, batches = nn.Sequential(nn.BatchNorm1d(3)), draw((8, 3), (8, 3))
+    theirs, before = copy.deepcopy(model), state_hash(model)
+    with pytest.raises(AssertionError, match="meant to run for 4 iterations"):
+        precise.update_bn_stats(theirs, batches, num_iters=4)
+    assert theirs[0].momentum == 1.0
+    assert theirs[0]._forward_pre_hooks
+    report = recalibrate(model, batches, 4)  # what there is, and the report says how much that was
+    assert "2 batches" in report.notes[0]
+    assert model[0].momentum == 0.1
+    assert state_hash(report.undo()) == before
+
+
+def test_off_centre_the_variance_of_fvcore_is_negative_and_not_here():
+    precise = pytest.importorskip("fvcore.nn.precise_bn")
+    batches = [torch.randn(64, 3) * 1e-3 + 1000 for _ in range(4)]
+    model, theirs = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
+    precise.update_bn_stats(theirs, batches, num_iters=4)
+    assert theirs[0].running_var.min() < 0
+    recalibrate(model, batches)
+    torch.testing.assert_close(model[0].running_var.double(), torch.cat(batches).double().var(0))

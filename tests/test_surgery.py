@@ -1,5 +1,6 @@
 """Surgery: what is found, replaced, proven and undone, bit for bit, whatever is thrown at it."""
 
+import builtins
 import collections
 import copy
 import io
@@ -8,6 +9,7 @@ import os
 import pickle
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -382,6 +384,24 @@ def test_frozen_survives_training_and_is_taken_back_exactly(affine):
     torch.testing.assert_close(model.eval()(X), model(X))
     assert unfreeze(model.train()).changed == report.changed
     assert state_hash(model) == before
+
+
+def test_timm_freezes_two_axes_only_and_drops_hooks_and_parameters():
+    theirs_freeze = pytest.importorskip("timm.utils.model").freeze
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Flatten(2), nn.BatchNorm1d(3))
+    model[1].register_forward_hook(lambda *_: None)
+    theirs, x = copy.deepcopy(model), torch.randn(4, 3, 2, 2)
+    theirs_freeze(theirs)
+    assert not theirs[1]._forward_hooks
+    assert not isinstance(theirs[1].weight, nn.Parameter)
+    theirs.train()(x)
+    assert theirs[3].num_batches_tracked == 1  # frozen, they say
+
+    assert freeze(model, affine=True).changed == ("1", "3")
+    model.train()(x)
+    assert model[3].num_batches_tracked == model[1].num_batches_tracked == 0
+    assert model[1]._forward_hooks
+    assert isinstance(model[1].weight, nn.Parameter)
 
 
 def test_frozen_computes_what_evaluation_computes():
@@ -898,7 +918,9 @@ def rises():
     return lambda output, batch: next(count)
 
 
+ISINSTANCE = isinstance  # which a trace patches
 SOURCE = Net()
+KERAS = {"bn/gamma": [2.0] * 4, "bn/beta": [1.0] * 4, "bn/moving_mean": [3.0] * 4, "bn/moving_variance": [4.0] * 4}
 EDITS = {
     "freeze": lambda m: freeze(m, affine=True),
     "unfreeze": unfreeze,
@@ -914,6 +936,22 @@ EDITS = {
     "adapt, entropy": lambda m: ns.adapt(m, [X, X + 5], method="entropy", forward=scores, guard=False),
     "split_statistics": lambda m: ns.split_statistics(m, 2, optimizer=torch.optim.SGD(m.parameters())),
     "fold": lambda m: fold(m, X, bake=True, measure=True),
+    "set_eps": lambda m: set_eps(m, 0.3),
+    "accelerate": lambda m: ns.accelerate(m, X),
+    "to_torch": ns.to_torch,
+    "synchronize": ns.synchronize,
+    "desynchronize": ns.desynchronize,
+    "split_statistics, by call": lambda m: ns.split_statistics(m, example=X),
+    "states.load": lambda m: ns.states.load(m, KERAS, "keras", {"bn": "1"}),
+    "states.to_frozen": lambda m: ns.states.to_frozen(m, X),
+    "states.to_batch_norm": lambda m: ns.states.to_batch_norm(m, X),
+}
+# What a model has had done to it before: without that there would be nothing to do.
+FIRST = {
+    "unfreeze": freeze,
+    "to_torch": ns.accelerate,
+    "desynchronize": ns.synchronize,
+    "states.to_batch_norm": ns.states.to_frozen,
 }
 
 
@@ -925,7 +963,7 @@ def small():
 
 
 def interrupted_at(line, action):
-    """Run an action with a KeyboardInterrupt at the n-th line of the package's surgery, its restoration aside."""
+    """Run an action with a KeyboardInterrupt at the n-th line of the rooms that edit models, restoration aside."""
     count = itertools.count()
 
     def local(frame, event, argument):
@@ -935,8 +973,8 @@ def interrupted_at(line, action):
         return local
 
     def call(frame, event, argument):
-        name = frame.f_code.co_filename
-        return local if f"{os.sep}surgery{os.sep}" in name and not name.endswith("state.py") else None
+        path = Path(frame.f_code.co_filename)
+        return local if path.parent.name in ("surgery", "states") and path.name != "state.py" else None
 
     before = sys.gettrace()
     sys.settrace(call)
@@ -952,8 +990,7 @@ def interrupted_at(line, action):
 @pytest.mark.parametrize("name", EDITS)
 def test_an_interrupt_at_any_line_leaves_no_trace(name):
     model = small()
-    if name == "unfreeze":
-        freeze(model)
+    FIRST.get(name, lambda m: None)(model)
     if name == "fold":
         model = nn.Sequential(nn.utils.parametrizations.weight_norm(model[0]), model[1]).eval()
     before = state_hash(model, rng=True)
@@ -963,7 +1000,11 @@ def test_an_interrupt_at_any_line_leaves_no_trace(name):
         assert state_hash(model, rng=True) == before, f"line {line}"
         assert torch.is_grad_enabled(), f"line {line}"
         assert eval_frame._stance.stance == "default", f"line {line}"
+        assert builtins.isinstance is ISINSTANCE, f"line {line}"
+        assert "__getattribute__" not in vars(nn.Module), f"line {line}"
         line += step
-        step = 1 if line < 60 else max(97 if name == "fold" else 19, line // 12)  # the passes are long and alike
+        step = (
+            1 if line < 60 else max(97 if name in ("fold", "accelerate") else 19, line // 12)
+        )  # the passes are long and alike
     assert line > 30
     assert state_hash(model) != before

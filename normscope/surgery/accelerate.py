@@ -25,7 +25,7 @@ from normscope.surgery.foreign import Foreign, adapt, restore
 from normscope.surgery.forward import Forward, feed
 from normscope.surgery.fused import Fused, Program, at, fusable, norms_of, programs_of
 from normscope.surgery.operation import Draft, Surgery, operate
-from normscope.surgery.prove import Observation, Proof
+from normscope.surgery.prove import DrawnInOrder, Observation, Proof
 from normscope.surgery.replace import obstacle
 from normscope.surgery.state import Snapshot
 from normscope.surgery.traits import add_trait, base_of, has_trait, remove_trait, traits_of
@@ -344,7 +344,7 @@ class StepProof(Proof):
             inputs.append(t.detach().to(torch.float64 if double else t.dtype).requires_grad_())
             return inputs[-1].clone()  # which may be written into
 
-        with Snapshot(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with Snapshot(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"), DrawnInOrder():
             if double:
                 model.double()
             model.train().zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from normscope.surgery.forward import Forward
 from normscope.surgery.freeze import Frozen
 from normscope.surgery.operation import Draft, Surgery, operate
 from normscope.surgery.optimizers import rebind, watch
-from normscope.surgery.replace import adopt, obstacle, replace
+from normscope.surgery.replace import adopt, obstacle, replace_all
 from normscope.surgery.synchronize import Synchronized
 from normscope.surgery.targets import CHANNELS, Followed, Source, Target, is_affine, read_target, source_of
 from normscope.surgery.traits import Trait, add_trait, base_of, traits_of
@@ -53,8 +53,8 @@ def convert(
 
     A conversion changes the function. `calibrate` sets γ and β so that every new layer's output has, channel by
     channel, the mean and the variance that the old one's had on data, one layer after the other in the order in which
-    they run; the running statistics of layers that have some are measured on the way. Nothing is exchanged between
-    ranks: let all read the same batches.
+    they run, which takes a pass per layer, and one alone where the loader yields a single batch; the running statistics
+    of layers that have some are measured on the way. Nothing is exchanged between ranks: let all read the same batches.
 
     Args:
         model: The model.
@@ -116,8 +116,7 @@ def convert(
         before = None
         if fits and data is not None:
             before = observe(draft.model, [plan.as_it_is() for plan in fits], data, forward, loss)
-        for plan in plans:
-            _carry_out(draft, plan)
+        _carry_out(draft, plans)
         if optimizer is not None:
             rebind(draft, optimizer, [(plan.found.name, plan.found.module, plan.new) for plan in plans])
         if fits and data is not None and before is not None:
@@ -133,6 +132,7 @@ def replay(model: Module, layers: Iterable[tuple[str, str, list[int]]], *, affin
 
     def edit(draft: Draft) -> None:
         names = {name: found for found in find(draft.model) for name in found.paths}
+        plans = []
         for name, text, shape in layers:
             if name not in names:
                 raise ArgumentError(
@@ -143,7 +143,8 @@ def replay(model: Module, layers: Iterable[tuple[str, str, list[int]]], *, affin
             built = source if isinstance(source, str) else read_target(text).build(source, affine=affine, nearest=False)
             if isinstance(source, str) or isinstance(built, str):
                 raise ArgumentError(f"{name} cannot become {text}: {built}", cure="build the model as it was")
-            _carry_out(draft, _Plan(names[name], source, *built))
+            plans.append(_Plan(names[name], source, *built))
+        _carry_out(draft, plans)
 
     return operate("convert", model, edit)
 
@@ -244,11 +245,20 @@ def _plans(draft: Draft, chosen: Any, calls: Any, affine: bool, nearest: bool) -
         yield _Plan(found, source, new, text)
 
 
-def _carry_out(draft: Draft, plan: _Plan) -> None:
-    """Put the new layer in the old one's place, with all that both have."""
+def _carry_out(draft: Draft, plans: Sequence[_Plan]) -> None:
+    """Put the new layers in the old ones' places."""
+    held = set(draft.model.modules())
+    for plan in plans:
+        if plan.new in held:
+            raise ArgumentError("the function gave a module that the model has already", layer=plan.found.name)
+        held.add(plan.new)
+        _hand_over(draft, plan)
+    replace_all(draft, {plan.found.module: plan.new for plan in plans})
+
+
+def _hand_over(draft: Draft, plan: _Plan) -> None:
+    """Give the new layer all that both have."""
     old, new = plan.found.module, plan.new
-    if any(module is new for module in draft.model.modules()):
-        raise ArgumentError("the function gave a module that the model has already", layer=plan.found.name)
     if plan.source.followed and "act" not in new._modules:
         add_trait(new, Followed)
     tensors = {name: t for name, t in (*old._parameters.items(), *old._buffers.items()) if t is not None}
@@ -263,7 +273,6 @@ def _carry_out(draft: Draft, plan: _Plan) -> None:
     if not any(p.requires_grad for p in old.parameters(recurse=False)) and old._parameters.get("weight") is not None:
         for p in new.parameters(recurse=False):
             p.requires_grad_(False)
-    replace(draft, old, new)
     if new._buffers.get("running_var") is not None and "running_var" not in shared:
         draft.notes.append(f"{plan.found.name}: running statistics begin anew; calibrate=, recalibrate or train")
     draft.change(plan.found.name)

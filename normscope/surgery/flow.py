@@ -18,6 +18,7 @@ import enum
 import inspect
 import operator
 import random
+import threading
 import types
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -30,6 +31,7 @@ from torch import Tensor, fx, nn
 from torch.nn import Module
 
 from normscope.surgery.fused import Path, at, unhooked
+from normscope.surgery.state import uninterrupted
 from normscope.surgery.traits import base_of
 
 __all__ = ["IN_PLACE", "Flow", "UntraceableError", "flows_of", "is_plain_sequential", "options_of", "path_of"]
@@ -38,6 +40,13 @@ __all__ = ["IN_PLACE", "Flow", "UntraceableError", "flows_of", "is_plain_sequent
 class UntraceableError(Exception):
     """A forward that a trace cannot represent; the message says why."""
 
+
+class _DrawnError(UntraceableError):
+    """Random numbers were drawn meanwhile: by the forward, or by another thread."""
+
+
+# A forward that draws random numbers draws them every time, another thread may not.
+TRIES = 3
 
 # What every module has, and a module's code reads only through functions of torch.
 _REGISTERED = frozenset(vars(Module())) - {"training"}
@@ -85,7 +94,8 @@ for _function in IN_PLACE - {operator.setitem}:
 _OPERATORS = {operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, torch.cat}
 
 
-_isinstance = isinstance
+# Held while anything is patched: a second trace would take the first one's patches for the original.
+_PATCHING = threading.RLock()
 
 
 class _Tracer(fx.Tracer):
@@ -121,10 +131,10 @@ class _Tracer(fx.Tracer):
         self.asked: set[str] = set()
         self.inlined: dict[Path, None] = {}
         self.refused: UntraceableError | None = None
-        self.modes, self.inside = _modes(), False
+        self.modes, self.inside, self.thread = _modes(), False, threading.get_ident()
         self.open: dict[int, tuple[Any, Any]] = {}
         try:
-            with self._reading():
+            with _PATCHING, self._reading():
                 self.trace(owner)
         finally:
             kept = [_bring_back(value, was) for value, was in self.open.values()]
@@ -140,10 +150,18 @@ class _Tracer(fx.Tracer):
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Note every plain attribute of a module that is read; for all modules, as torch.fx does it with calls."""
+        """Note every plain attribute of a module that is read; for all modules, as torch.fx does it with calls.
+
+        `isinstance` answers for traced values what it would for tensors. Nothing less than the builtin will do: a
+        `__class__` of the values is also believed by torch's own parser of arguments, which then reads the Python
+        object as a tensor and crashes; and a forward may ask through functions of any module. To all but traced values
+        the patched one answers as the original, and other threads' modules are read and called as ever.
+        """
 
         def getattribute(module: Module, name: str) -> Any:
             value = object.__getattribute__(module, name)
+            if threading.get_ident() != self.thread:
+                return value
             if name in ("_parameters", "_buffers"):
                 if self.tensors is None and not self.inside:  # a parameter's dtype, say, which half() changes
                     self.refuse("it goes through its parameters")
@@ -154,17 +172,18 @@ class _Tracer(fx.Tracer):
         def isinstance_(value: Any, kinds: Any) -> bool:
             if type(value) is _Value:
                 return issubclass(_Value, kinds) or issubclass(self.kind_of(value.node), kinds)
-            return _isinstance(value, kinds)
+            return original(value, kinds)
 
+        original = builtins.isinstance
         try:
             Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]
-            # Not by a __class__ of the values: torch's own code would take one that stands for a number for a tensor.
             builtins.isinstance = isinstance_
             yield
         finally:
-            builtins.isinstance = _isinstance
-            if "__getattribute__" in vars(Module):
-                del Module.__getattribute__
+            with uninterrupted():
+                builtins.isinstance = original
+                if "__getattribute__" in vars(Module):
+                    del Module.__getattribute__
 
     def _read(self, module: Module, name: str, value: Any) -> None:
         self._watch(value)
@@ -237,10 +256,18 @@ class _Tracer(fx.Tracer):
         with self._torch_inside():
             return super().create_arg(a)
 
-    def getattr(self, *args: Any) -> Any:
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """As in torch.fx, which looks for the name of a parameter."""
+        if threading.get_ident() != self.thread:
+            return attr_val
         with self._torch_inside():
-            return super().getattr(*args)
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(self, m: Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """As in torch.fx, which takes the calls of other threads for this one's."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     @contextlib.contextmanager
     def _torch_inside(self) -> Iterator[None]:
@@ -300,7 +327,8 @@ def _held(owner: Module) -> Iterator[None]:
     modules = [module for module in owner.modules() if not isinstance(module, torch.jit.ScriptModule)]
     training = [module.training for module in modules]
     parts = [part for m in modules for part in (vars(m), m._parameters, m._buffers, m._modules)]
-    before, drawn, reason = [dict(part) for part in parts], _random_states(), None
+    before, drawn = [dict(part) for part in parts], _random_states()
+    error: UntraceableError | None = None
     try:
         yield
     finally:
@@ -308,16 +336,16 @@ def _held(owner: Module) -> Iterator[None]:
             vars(module)["training"] = mode
         for part, was in zip(parts, before, strict=True):
             if part.keys() != was.keys() or any(part[key] is not was[key] for key in was):
-                reason = "it keeps a state of its own"
+                error = UntraceableError("it keeps a state of its own")
                 part.clear()
                 part.update(was)
         if _random_states() != drawn:
-            reason = "it draws random numbers to decide what it does"
+            error = _DrawnError("it draws random numbers to decide what it does")
             random.setstate(drawn[0])
             np.random.set_state(drawn[1])  # noqa: NPY002
             torch.set_rng_state(torch.frombuffer(bytearray(drawn[2]), dtype=torch.uint8))
-    if reason is not None:
-        raise UntraceableError(reason)
+    if error is not None:
+        raise error
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -384,6 +412,18 @@ def flows_of(
     Raises:
         UntraceableError: They cannot be known.
     """
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(_DrawnError):
+            return _flows(owner, looked_into, modes, tensors)
+    return _flows(owner, looked_into, modes, tensors)
+
+
+def _flows(
+    owner: Module,
+    looked_into: Collection[Module],
+    modes: tuple[bool | None, ...],
+    tensors: Collection[Module] | None,
+) -> list[Flow]:
     flows = []
     with _held(owner), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple, cast
 
 import torch
@@ -31,6 +32,13 @@ class Frozen(Trait):
         _keep(self, _thawed(self)._replace(training=mode))
         return self
 
+    def reset_running_stats(self) -> None:
+        """Keep them, and warn: torch's `update_bn` resets every BatchNorm, and a frozen one measures nothing anew."""
+        warnings.warn(
+            "a frozen normalizer keeps its running statistics; to reset or measure them, ns.unfreeze(model) first",
+            stacklevel=2,
+        )
+
     def extra_repr(self) -> str:
         """The class's own, and that it is frozen."""
         return f"{super().extra_repr()}, frozen"
@@ -42,7 +50,7 @@ def freeze(model: Module, *, affine: bool = False, select: Select = None, copy: 
     BatchNorm, SyncBatchNorm and InstanceNorm of any number of axes, of torch, of this package, and subclasses of them,
     and `Norm(running=True)`. Keys of the state_dict, parameters, optimizers, hooks and `isinstance` stay as they are;
     the model can be copied, pickled, compiled and traced. Modules inside a normalizer (the dropout of some libraries)
-    follow `train()`.
+    follow `train()`. What would reset the statistics, as torch's `update_bn` does, gets a warning and they stay.
 
     Args:
         model: The model.

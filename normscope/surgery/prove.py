@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from normscope.errors import ArgumentError, ProofError
 from normscope.surgery.forward import Forward, feed, quiet
 from normscope.surgery.state import Snapshot
 
-__all__ = ["Observation", "Proof"]
+__all__ = ["DrawnInOrder", "Observation", "Proof"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Proof:
 
     Two outputs are the same where |a − b| ≤ √ε · max|a|, ε the machine epsilon of the model's own numbers: half of
     their digits, far above rounding and far below any change of the function. The model is left as it was by every run,
-    and random numbers are the same in every run.
+    and random numbers are the same in every run, whatever the memory format of the tensors that they are drawn for.
 
     Attributes:
         example: A batch as the loader yields it.
@@ -94,7 +96,7 @@ class Proof:
         outputs, example = {}, _double(self.example) if double else self.example
         before = Snapshot(model)
         for mode in self.modes:
-            with before, quiet():
+            with before, quiet(), DrawnInOrder():
                 if double:
                     self._widen(model)
                 model.train(mode == "training")
@@ -110,6 +112,35 @@ class Proof:
 
     def _widen(self, model: Module) -> None:
         model.double()
+
+
+_RANDOM = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
+    torch.bernoulli, torch.rand_like, torch.randn_like, torch.randint_like, Tensor.bernoulli, Tensor.bernoulli_,
+    Tensor.uniform_, Tensor.normal_, Tensor.exponential_, Tensor.random_,
+}  # fmt: skip
+
+
+class DrawnInOrder(TorchFunctionMode):
+    """Draws random numbers in the order of a tensor's cells.
+
+    torch draws them in the order of memory, and an edit may change the strides of what a layer returns: torch's
+    LayerNorm of a transposed tensor is contiguous, this package's keeps the strides.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        x = args[0] if args else None
+        if function not in _RANDOM or not isinstance(x, Tensor) or x.is_contiguous():
+            return function(*args, **kwargs)
+        ordered = x.contiguous()
+        y = function(ordered, *args[1:], **kwargs)
+        if y is ordered:
+            return x.copy_(y)  # in place
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        return y.permute(order).contiguous().permute([order.index(k) for k in range(x.dim())])
 
 
 def _double(example: Any) -> Any:

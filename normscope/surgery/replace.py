@@ -125,12 +125,12 @@ def replace(draft: Draft, old: Module, new: Module) -> None:
 
 
 def replace_all(draft: Draft, pairs: Mapping[Module, Module]) -> None:
-    """`replace` many modules in one walk through the model."""
+    """`replace` many modules in one walk through the model, and through the new ones, which may hold others of them."""
 
     def taken(value: Any) -> Any:
         return pairs.get(value, value) if isinstance(value, Module) else value
 
-    for _, holder in list(reach(draft.model)):
+    for _, holder in [*reach(draft.model), *(entry for new in pairs.values() for entry in reach(new))]:
         if isinstance(holder, dict):
             for key, value in holder.items():
                 if (new := taken(value)) is not value:
