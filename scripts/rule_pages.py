@@ -23,7 +23,7 @@ def page(rule):
         lines += ["| remedy | safety | what it does | how |", "|---|---|---|---|"]
         for code in remedies:
             spec = REMEDIES[code]
-            how = spec.command.format(rule=rule.code).replace("|", "\\|")
+            how = spec.command.replace("{rule}", rule.code).replace("|", "\\|")
             lines.append(f"| {code} | {spec.safety}: {words.SAFETY[spec.safety]} | {spec.text} | `{how}` |")
         lines.append("")
     if rule.causes:

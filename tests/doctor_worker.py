@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import normscope as ns
 from normscope.doctor import check, ranks
 from normscope.surgery import state_hash
 
@@ -31,15 +32,27 @@ def verdict(one):
     return [found.status, list(found.layers), found.reason]
 
 
+def times():
+    """What is said about synchronized normalizers, and whether they were timed."""
+    one = nn.Sequential(nn.Linear(4, 8), ns.nn.SyncBatchNorm(8)).train()
+    before = state_hash(one, rng=True)
+    report = check(one, loader(), select="NRM8")
+    assert state_hash(one, rng=True) == before
+    costs = report.measurements.costs
+    return [report["NRM804"].status, None if costs.synced is None else costs.synced.value, costs.problem]
+
+
 def main():
     dist.init_process_group("gloo")
     rank, told = dist.get_rank(), {}
     torch.manual_seed(0)
     told["apart"] = verdict(model(0.5 * rank))
     told["alike"] = verdict(model(0.5))
+    told["timed"] = times()
     ranks.PATIENCE = dt.timedelta(seconds=2)
     if rank == 0:
         told["alone"] = verdict(model(0.0))
+        told["timed alone"] = times()
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(told), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()

@@ -756,6 +756,36 @@ def test_the_search_for_layers_ends_with_the_budget(stale, monkeypatch):
     assert report.findings[0].explains is None
 
 
+class Slow(nn.Module):
+    """A forward takes 8 ms per sample, by a clock of its own."""
+
+    now = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.head = nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        Slow.now += 0.008 * len(x)
+        return self.head(self.bn(x))
+
+
+@pytest.mark.parametrize("size", [32, 128, 192])
+def test_a_check_ends_with_the_budget_and_a_quarter_and_says_what_it_left_out(size, monkeypatch):
+    monkeypatch.setattr(Slow, "now", 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: Slow.now)
+    loader, budget = list(batches(12, size)), 5
+    report = check(Slow().eval(), loader, reference=Slow(), deployment=loader, budget=budget)
+    assert Slow.now < 1.25 * budget
+    notes = " / ".join(report.record.notes)
+    assert "samples; a larger one sees smaller effects" in notes
+    assert ("batches were cut to" in notes) == (size > 32)
+    assert ("the deployment loader was left out" in notes) == (size > 32)
+    assert "was left out: the budget is spent" in notes
+    if size > 32:
+        assert report["NRM302"].status == "could-not-check"
+
+
 def coalitions(*worth):
     """A game of four layers, of which these sets are worth everything, and all that contain them."""
     winning = [frozenset(some) for some in worth]

@@ -37,3 +37,17 @@ def test_a_rank_that_checks_alone_does_not_hang(told):
     status, _, reason = told[0]["alone"]
     assert status == "could-not-check"
     assert "not every rank" in reason
+
+
+def test_waiting_for_other_ranks_is_timed_on_all_at_once(told):
+    for rank in told:
+        status, milliseconds, problem = rank["timed"]
+        # On a busy machine nothing is said; a message takes longer than the arithmetic of 8 channels.
+        assert status in ("info", "could-not-check")
+        assert milliseconds is not None, problem
+
+
+def test_a_synchronized_rank_that_checks_alone_does_not_hang(told):
+    status, milliseconds, problem = told[0]["timed alone"]
+    assert (status, milliseconds) == ("could-not-check", None)
+    assert "not every rank" in problem

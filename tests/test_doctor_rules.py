@@ -33,6 +33,7 @@ from test_doctor_engine import (
 from test_doctor_engine import (
     Net as Small,
 )
+from test_surgery import interrupted_at
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,6 +41,7 @@ from normscope.doctor import RULES, check, checkpoint, configure
 from normscope.doctor import cache as caches
 from normscope.doctor.checkpoint import load, save
 from normscope.doctor.configuration import nearest
+from normscope.doctor.costs import _held as held_by
 from normscope.doctor.judge import known_intents, verdicts_of
 from normscope.doctor.lineage import Lineage
 from normscope.doctor.measurements import (
@@ -48,6 +50,7 @@ from normscope.doctor.measurements import (
     Effect,
     FunctionalCall,
     Layer,
+    Leak,
     Optimized,
     Padding,
     Rescaled,
@@ -92,6 +95,9 @@ HALF = Site("bn", 0, (32, 10), 32.0, dtype="float16")
 IMAGE = Rescaled("× 255", 6.5e4, HARM)
 EPS = Change("bn", "eps", "1e-05", "0.1", 0.05)
 COSTS = Costs(10.0, Interval(2.0, 1.5, 2.5, "ms"), 0.05, {"bn": 4 << 20}, ("bn",))
+SYNCED = dataclasses.replace(COSTS, synced=Interval(4.0, 3.5, 4.5, "ms"))
+FOLDED = dataclasses.replace(COSTS, inference=5.0, folded=("bn",), folding=Interval(1.0, 0.8, 1.2, "ms"))
+LEAK = Leak(256, 0.25, 15 / 255, Interval(10.0, 5.0, 15.0, "pp"), ("bn",))
 
 FIRES = [
     ("NRM105", measured(layer(momentum=0.9, training=True), own={"bn": moments(n=16)}), "warn"),
@@ -214,12 +220,54 @@ FIRES = [
     ("NRM705", measured(ranges={"bn": 100.0}, declared=("per-tensor-quantization",)), "warn"),
     ("NRM801", measured(costs=COSTS), "info"),
     ("NRM802", measured(costs=COSTS), "info"),
+    ("NRM307", measured(leak=LEAK, declared=("contrastive-loss",)), "warn"),
+    ("NRM702", measured(costs=FOLDED), "info"),
+    ("NRM803", measured(costs=dataclasses.replace(COSTS, moved={"bn": 0.5})), "info"),
+    ("NRM804", measured(layer(cls="SyncBatchNorm"), devices=2, costs=SYNCED), "info"),
     ("NRM900", measured(layer(kind="custom", cls="MyNorm")), "info"),
     ("NRM905", measured(functional=(FunctionalCall("batch_norm", "block", False, "bn"),)), "info"),
     ("NRM905", measured(layer(script=True)), "info"),
 ]
 
 SILENT = [
+    ("NRM307", measured(leak=LEAK), "not-applicable"),
+    ("NRM307", measured(declared=("contrastive-loss",)), "could-not-check"),
+    ("NRM307", measured(leak=dataclasses.replace(LEAK, betrayed=0.1), declared=("contrastive-loss",)), "pass"),
+    (
+        "NRM307",
+        measured(leak=dataclasses.replace(LEAK, gain=Interval(1.0, -1.0, 3.0, "pp")), declared=("contrastive-loss",)),
+        "pass",
+    ),
+    ("NRM702", measured(), "needs-input"),
+    ("NRM702", measured(costs=COSTS), "needs-input"),
+    ("NRM702", measured(costs=dataclasses.replace(COSTS, fold_problem="OutOfMemoryError")), "could-not-check"),
+    ("NRM702", measured(costs=dataclasses.replace(FOLDED, folded=())), "pass"),
+    ("NRM702", measured(costs=dataclasses.replace(FOLDED, inference=50.0)), "pass"),
+    (
+        "NRM702",
+        measured(costs=dataclasses.replace(FOLDED, folding=Interval(1.0, -0.1, 2.1, "ms"))),
+        "could-not-check",
+    ),
+    ("NRM803", measured(costs=COSTS), "pass"),
+    ("NRM803", measured(costs=dataclasses.replace(COSTS, moved={"bn": 0.2})), "pass"),
+    ("NRM803", measured(costs=Costs(problem="no")), "could-not-check"),
+    ("NRM804", measured(layer(cls="SyncBatchNorm"), costs=SYNCED), "not-applicable"),
+    ("NRM804", measured(devices=2, costs=SYNCED), "not-applicable"),
+    ("NRM804", measured(layer(cls="SyncBatchNorm"), devices=2, costs=Costs(problem="no")), "could-not-check"),
+    (
+        "NRM804",
+        measured(layer(cls="SyncBatchNorm"), devices=2, costs=dataclasses.replace(SYNCED, spread=0.3)),
+        "could-not-check",
+    ),
+    (
+        "NRM804",
+        measured(
+            layer(cls="SyncBatchNorm"),
+            devices=2,
+            costs=dataclasses.replace(SYNCED, synced=Interval(0.1, 0.05, 0.2, "ms")),
+        ),
+        "pass",
+    ),
     ("NRM105", measured(layer(momentum=0.3, training=True), own={"bn": moments(n=512)}), "pass"),
     ("NRM105", measured(layer(momentum=None)), "not-applicable"),
     ("NRM105", measured(layer(held=True, momentum=0.9), own={"bn": moments(n=16)}), "not-applicable"),
@@ -371,6 +419,25 @@ def test_a_use_asks_and_does_not_excuse():
     assert judgement.status == "fail"
 
 
+# What would hide the trouble, or make another; by rule.
+FORBIDDEN = {
+    "NRM103": {"train-mode"},
+    "NRM107": {"recal", "copy-buffers", "adapt"},
+    "NRM201": {"train-mode"},
+    "NRM210": {"train-mode"},
+    "NRM301": {"remove-norm"},
+    "NRM302": {"recal"},
+    "NRM308": {"recal", "remove-norm"},
+}
+
+
+@pytest.mark.parametrize(("code", "m", "status"), [*FIRST_FIRES, *FIRES])
+def test_no_alarm_offers_what_is_forbidden_or_ranks_another_behaviour_first(code, m, status):
+    offered = RULES[code].judge(m, T).remedies
+    assert not FORBIDDEN.get(code, set()) & set(offered)
+    assert REMEDIES[offered[0]].safety != "S2"
+
+
 # --- passes on small models -------------------------------------------------------------------------------------------
 
 
@@ -510,6 +577,52 @@ def test_costs_are_measured_where_they_are_asked_for():
     # What a BatchNorm keeps of (32, 8) floats: its input, which nobody kept before; statistics are a few bytes.
     assert 32 * 8 * 4 <= costs.held["bn1"] <= 3 * 32 * 8 * 4
     assert costs.saved is not None or costs.problem
+
+
+def test_what_folding_saves_is_measured_on_a_folded_copy():
+    torch.manual_seed(0)
+    costs = everything(Small().eval(), select="NRM702").measurements.costs
+    assert costs.folded == ("bn1", "bn2")
+    assert costs.folding is not None
+    assert costs.inference > 0
+    lonely = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.BatchNorm1d(6), nn.ReLU())
+    verdict = check(lonely, list(batches(6)), select="NRM702")["NRM702"]
+    assert (verdict.status, verdict.reason) == ("pass", "no normalizer can be folded")
+
+
+def test_copies_into_another_order_are_found_by_strides():
+    class Moves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.keeps = nn.LayerNorm(4), nn.GroupNorm(2, 4)
+
+        def forward(self, x):
+            return self.norm(self.keeps(x).transpose(1, 2)).transpose(1, 2)
+
+    costs = check(Moves(), [torch.randn(8, 4, 64) for _ in range(6)], select="NRM8").measurements.costs
+    assert set(costs.moved) == {"norm"}
+    assert costs.moved["norm"] > 0
+
+
+def saved_tensors_hooks():
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def test_an_interrupt_at_any_line_leaves_no_hooks_on_what_autograd_saves():
+    model, batch = Small(), caches.Batch(0, (torch.randn(4, 6),), 4)
+    ours = (str(Path("doctor") / "costs.py"), str(Path("torch") / "autograd" / "graph.py"))
+
+    def measure():
+        with Snapshot(model):
+            held_by(model, batch, None, None)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # the user's own stay
+        home, line = saved_tensors_hooks(), 0
+        while interrupted_at(line, measure, lambda name: name.endswith(ours)):
+            assert saved_tensors_hooks() == home, f"line {line}"
+            line += 1
+    assert line > 30
+    assert saved_tensors_hooks() is None
 
 
 def test_snapshots_take_modes_of_torch_functions_off_the_stack_that_came_later():

@@ -962,8 +962,14 @@ def small():
     return model
 
 
-def interrupted_at(line, action):
-    """Run an action with a KeyboardInterrupt at the n-th line of the rooms that edit models, restoration aside."""
+def in_surgery(name):
+    """Whether a file is in the rooms that edit models, restoration aside."""
+    path = Path(name)
+    return path.parent.name in ("surgery", "states") and path.name != "state.py"
+
+
+def interrupted_at(line, action, watched=in_surgery):
+    """Run an action with a KeyboardInterrupt at the n-th line of the watched files."""
     count = itertools.count()
 
     def local(frame, event, argument):
@@ -973,8 +979,7 @@ def interrupted_at(line, action):
         return local
 
     def call(frame, event, argument):
-        path = Path(frame.f_code.co_filename)
-        return local if path.parent.name in ("surgery", "states") and path.name != "state.py" else None
+        return local if watched(frame.f_code.co_filename) else None
 
     before = sys.gettrace()
     sys.settrace(call)

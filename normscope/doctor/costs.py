@@ -1,10 +1,11 @@
-"""Pass P7: what normalizers cost: time of a training step with and without them, and the memory that they hold."""
+"""Pass P7: what normalizers cost: time with and without them, memory, copies into another layout, waiting for ranks."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,16 @@ from torch.utils import _pytree as pytree
 from normscope import statistics
 from normscope.doctor.cache import Batch
 from normscope.doctor.measurements import Costs
+from normscope.doctor.ranks import agreed, devices_of
 from normscope.records import Interval
-from normscope.surgery import feed, find
+from normscope.surgery import desynchronize, feed, find, fold, quiet, switch
 
 __all__ = ["costs_of"]
 
-WARM_UP, ROUNDS = 2, 12
+WARM_UP, ROUNDS, LEAST = 2, 12, 10
+
+Action = Callable[[], object]
+Forward = Callable[[Module, Any], Any]
 
 
 class Affine(nn.Module):
@@ -44,9 +49,10 @@ class Affine(nn.Module):
 def costs_of(
     model: Module,
     batch: Batch,
-    forward: Callable[[Module, Any], Any] | None,
+    forward: Forward | None,
     device: torch.device | None,
     seconds: float,
+    folding: bool = False,
 ) -> Costs:
     """Time of a training step as it is and without normalization, in turns, and the bytes kept for backward.
 
@@ -56,38 +62,161 @@ def costs_of(
         forward: The user's forward.
         device: Where to run.
         seconds: What this may take.
+        folding: Time inference with and without folding, too.
     """
+    clock = _Clock(batch, forward, device, seconds)
     try:
+        costs = clock.training(model)
+    except Exception as error:
+        costs = Costs(problem=f"a training step could not be timed: {_told(error)}")
+    if not folding:
+        return costs
+    try:
+        return replace(costs, **clock.inference(model))
+    except Exception as error:
+        return replace(costs, fold_problem=f"a forward could not be timed: {_told(error)}")
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Times copies of a model on one batch."""
+
+    batch: Batch
+    forward: Forward | None
+    device: torch.device | None
+    seconds: float
+
+    def training(self, model: Module) -> Costs:
+        """A training step with its normalizers, without them, and with those synchronized that wait for nobody."""
         twin, bare = copy.deepcopy(model).train(), copy.deepcopy(model).train()
         names = _strip(bare)
-        held = _held(twin, batch, forward, device)
-        start = time.perf_counter()
-        _step(twin, batch, forward, device)
-        once = time.perf_counter() - start
-        rounds = min(ROUNDS, int(seconds / max(4 * once, 1e-9)))
-        if rounds < 10:
+        synced = devices_of(model)[1] > 1 and any("SyncBatchNorm" in type(f.module).__name__ for f in find(model))
+        if synced and agreed(1) is None:
+            return Costs(problem="not every rank times its model, and synchronized normalizers wait for all")
+        held = _held(twin, self.batch, self.forward, self.device)
+        moves = _moves(twin, self.batch, self.forward, self.device)
+        rounds, once = self._rounds(lambda: self._step(twin))
+        if synced:  # every rank has to take as many steps as the others
+            rounds = agreed(rounds) or 0
+        if rounds < LEAST:
             return Costs(held=held, problem=f"one step takes {once:.2g} s: the budget has no room for ten of each")
+        moved: dict[str, list[float]] = {name: [] for name in moves}
+        a, b, _ = self._turns(
+            rounds, lambda: self._step(twin), lambda: self._step(bare), lambda: self._copies(moves, moved)
+        )
+        costs = Costs(
+            step=float(np.median(a)),
+            saved=_saving(a, b),
+            spread=float(np.subtract(*np.percentile(a, [75, 25])) / np.median(a)),
+            held=held,
+            layers=tuple(names),
+            moved={name: 1000 * float(np.median(spent)) for name, spent in moved.items()},
+        )
+        if not synced:
+            return costs
+        apart = desynchronize(copy.deepcopy(model).train()).model
+        a, b = self._turns(rounds, lambda: self._step(twin), lambda: self._step(apart))
+        return replace(costs, synced=_saving(a, b))
+
+    def inference(self, model: Module) -> dict[str, Any]:
+        """A forward in evaluation mode, with normalizers folded and as it is."""
+        twin = copy.deepcopy(model)
+        switch(twin)
+        report = fold(twin, self.batch.fresh(self.device), forward=self.forward, copy=True)
+        if not report.changed:
+            return {"folding": Interval(0.0, 0.0, 0.0, "ms")}
+        with quiet():
+            rounds, once = self._rounds(lambda: self._pass(twin))
+            if rounds < LEAST:
+                return {"fold_problem": f"one forward takes {once:.2g} s: the budget has no room for ten of each"}
+            a, b = self._turns(rounds, lambda: self._pass(twin), lambda: self._pass(report.model))
+        return {"inference": float(np.median(a)), "folded": report.changed, "folding": _saving(a, b)}
+
+    def _rounds(self, action: Action) -> tuple[int, float]:
+        """How many turns of two actions the time allows, and the seconds of one."""
+        start = time.perf_counter()
+        action()
+        once = time.perf_counter() - start
+        return min(ROUNDS, int(self.seconds / max(4 * once, 1e-9))), once
+
+    def _turns(self, rounds: int, *actions: Action) -> list[Any]:
+        """Milliseconds of some actions in turns, each of them as often the first of a turn as the others."""
         for _ in range(WARM_UP):
-            _step(bare, batch, forward, device)
-        with_norms: list[float] = []
-        without: list[float] = []
+            for action in actions:
+                action()
+        spent: list[list[float]] = [[] for _ in actions]
         for k in range(rounds):
-            for kind in ((0, 1), (1, 0))[k % 2]:
+            for place in range(len(actions)):
+                kind = (k + place) % len(actions)
                 start = time.perf_counter()
-                _step((twin, bare)[kind], batch, forward, device)
-                (with_norms, without)[kind].append(time.perf_counter() - start)
-    except Exception as error:
-        return Costs(problem=f"a training step could not be timed: {type(error).__name__}: {error}".splitlines()[0])
-    a, b = (1000 * np.array(values) for values in (with_norms, without))
+                actions[kind]()
+                spent[kind].append(time.perf_counter() - start)
+        return [1000 * np.array(each) for each in spent]
+
+    def _step(self, model: Module) -> None:
+        model.zero_grad()
+        with torch.enable_grad():
+            output = feed(model, self.batch.fresh(self.device), self.forward)
+            tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors])
+        self._wait()
+
+    def _pass(self, model: Module) -> None:
+        feed(model, self.batch.fresh(self.device), self.forward)
+        self._wait()
+
+    def _copies(self, moves: dict[str, Any], spent: dict[str, list[float]]) -> None:
+        """Note the seconds that copying such a tensor into the other order takes, and its gradient back."""
+        for name, (shape, here, there, dtype) in moves.items():
+            x = torch.empty_strided(shape, here, dtype=dtype, device=self.device).fill_(1)
+            start = time.perf_counter()
+            y = torch.empty_strided(shape, there, dtype=dtype, device=self.device).copy_(x)
+            torch.empty_strided(shape, here, dtype=dtype, device=self.device).copy_(y)
+            self._wait()
+            spent[name].append(time.perf_counter() - start)
+
+    def _wait(self) -> None:
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _saving(a: Any, b: Any) -> Interval:
     saved = statistics.bootstrap_difference(a, b, level=0.99, resamples=2000, seed=0)
-    spread = float(np.subtract(*np.percentile(a, [75, 25])) / np.median(a))
-    return Costs(
-        step=float(np.median(a)),
-        saved=Interval(saved.value, saved.low, saved.high, "ms"),
-        spread=spread,
-        held=held,
-        layers=tuple(names),
-    )
+    return Interval(saved.value, saved.low, saved.high, "ms")
+
+
+def _moves(model: Module, batch: Batch, forward: Forward | None, device: torch.device | None) -> dict[str, Any]:
+    """By normalizer whose output lies otherwise than its input: shape, both strides, dtype."""
+    found: dict[str, Any] = {}
+
+    def see(name: str) -> Callable[[Module, Any, Any], None]:
+        def compare(_: Module, args: Any, y: Any) -> None:
+            x = args[0] if args else None
+            if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and x.stride() != y.stride():
+                rows = zip(x.shape, x.stride(), y.stride(), strict=True)
+                if _dense(x) and _dense(y) and any(a != b for n, a, b in rows if n > 1):
+                    found[name] = (x.shape, x.stride(), y.stride(), x.dtype)
+
+        return compare
+
+    norms = [f for f in find(model) if not isinstance(f.module, torch.jit.ScriptModule)]
+    handles = [f.module.register_forward_hook(see(f.name)) for f in norms]
+    try:
+        with quiet():
+            feed(model, batch.fresh(device), forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether its cells fill one piece of memory, in whatever order."""
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) == t.numel()
 
 
 def _strip(model: Module) -> list[str]:
@@ -101,16 +230,6 @@ def _strip(model: Module) -> list[str]:
             setattr(model.get_submodule(parent), own, Affine(found.module))
         names.append(found.name)
     return names
-
-
-def _step(model: Module, batch: Batch, forward: Callable[[Module, Any], Any] | None, device: Any) -> None:
-    model.zero_grad()
-    with torch.enable_grad():
-        output = feed(model, batch.fresh(device), forward)
-        tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-        torch.autograd.backward(tensors, [torch.ones_like(t) for t in tensors])
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _held(model: Module, batch: Batch, forward: Any, device: Any) -> dict[str, int]:

@@ -19,8 +19,9 @@ from normscope.doctor.cache import generators, read
 from normscope.doctor.fix import Ward, level
 from normscope.doctor.guard import bring_back
 from normscope.doctor.measurements import Array, Layer, Measurements
+from normscope.doctor.patches import Source, patched
 from normscope.doctor.patient import Patient
-from normscope.doctor.probe import Callables, Probe
+from normscope.doctor.probe import FOLDING, Callables, Probe
 from normscope.doctor.progress import Progress, Tell
 from normscope.doctor.report import Report, UnhealthyError
 from normscope.doctor.rules import RULES, Judgement, Rule
@@ -119,8 +120,9 @@ def check(
         cache = read(loader, budget * READING)
         if place is not None:
             model.to(place)
-        costs = any(rule.code.startswith("NRM8") for rule in run) and select is not None
-        probe = Probe(patient, home, user, cache, thresholds, SEED, start, budget, declared, costs)
+        asked = () if select is None else run
+        prices = frozenset(rule.code for rule in asked if rule.code.startswith(("NRM8", FOLDING)))
+        probe = Probe(patient, home, user, cache, thresholds, SEED, start, budget, declared, prices)
         measured = probe.run()
     judged = judge.verdicts_of(measured, run, declared, thresholds)
     judged, unused = judge.spare(judged, module_ignores or {})
@@ -225,7 +227,8 @@ def _record(
     intent: tuple[str, ...],
     start: float,
 ) -> CheckRecord:
-    findings = judge.findings_of(judged, m)
+    functions = {f.name: getattr(probe.user, f.name) for f in dataclasses.fields(probe.user)}
+    findings = patched(judge.findings_of(judged, m), Source(probe.patient.model, functions, m))
     causes = {f.code: f.explained_by for f in findings}
     patient = probe.patient
     kinds = sorted({layer.kind for layer in m.layers})

@@ -323,5 +323,6 @@ def mean_interval(values: Array, unit: str, level: float = 0.99) -> Interval | N
 
 
 def median_size(values: Array) -> float:
-    """The median of the absolute values."""
-    return float(np.median(np.abs(values))) if len(values) else 0.0
+    """The median of the absolute values, of which some may be infinite."""
+    with np.errstate(all="ignore"):
+        return float(np.median(np.abs(values))) if len(values) else 0.0

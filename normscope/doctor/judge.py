@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 
 from torch.nn import Module
@@ -134,7 +135,8 @@ def unneeded(
 def findings_of(judged: list[tuple[Rule, Judgement]], m: Measurements) -> tuple[Finding, ...]:
     """The alarms as findings: the worst first, each cause before what it explains."""
     alarms = {rule.code: (rule, j) for rule, j in judged if j.severity is not None}
-    made = [_finding(rule, j, _cause(rule, j, alarms), m) for rule, j in alarms.values()]
+    place = {site.layer: k for k, site in reversed(list(enumerate(m.sites)))}
+    made = [_finding(rule, j, _cause(rule, j, alarms, place), m) for rule, j in alarms.values()]
     by_code = {f.code: f for f in made}
 
     def rank(f: Finding) -> tuple[int, int, float, str]:
@@ -164,8 +166,8 @@ def _depth(f: Finding, by_code: dict[str, Finding]) -> int:
     return depth
 
 
-def _cause(rule: Rule, j: Judgement, alarms: dict[str, tuple[Rule, Judgement]]) -> str:
-    """The alarm that explains this one: a known cause at half of its layers or more."""
+def _cause(rule: Rule, j: Judgement, alarms: dict[str, tuple[Rule, Judgement]], place: Mapping[str, int]) -> str:
+    """The alarm that explains this one: a known cause at half of its layers or more; `place` is the order of calls."""
     best, share = "", 0.0
     for code in rule.causes:
         if code not in alarms or not j.layers:
@@ -176,11 +178,15 @@ def _cause(rule: Rule, j: Judgement, alarms: dict[str, tuple[Rule, Judgement]]) 
             continue
         # What is wrong in one layer reaches the layers behind it, but not the other way round.
         overlap = len(set(cause.layers) & set(j.layers)) / len(set(j.layers))
-        if code == "NRM304":
+        if code == "NRM304" or (code == "NRM405" and _first(cause.layers, place) < _first(j.layers, place)):
             overlap = max(overlap, 0.5)
         if overlap >= 0.5 and overlap > share:
             best, share = code, overlap
     return best
+
+
+def _first(names: Iterable[str], place: Mapping[str, int]) -> float:
+    return min((place[name] for name in names if name in place), default=math.inf)
 
 
 def _finding(rule: Rule, j: Judgement, cause: str, m: Measurements) -> Finding:

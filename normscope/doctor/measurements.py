@@ -21,6 +21,7 @@ __all__ = [
     "Effect",
     "FunctionalCall",
     "Layer",
+    "Leak",
     "Measurements",
     "Moments",
     "Mutation",
@@ -366,12 +367,46 @@ class Costs:
         held: By normalizer, bytes kept for its backward pass and for nothing before it.
         layers: Those that were replaced.
         problem: Why nothing was timed.
+        moved: By normalizer whose output lies in memory otherwise than its input, the copies there and back in
+            milliseconds.
+        synced: Milliseconds of a step that synchronized normalizers take more than others; None where there is none.
+        inference: Milliseconds of a forward in evaluation mode.
+        folded: Normalizers that `fold` puts into the layers beside them.
+        folding: Milliseconds of a forward that this saves; None where nothing was timed.
+        fold_problem: Why that was not timed.
     """
 
     step: float = 0.0
     saved: Interval | None = None
     spread: float = 0.0
     held: Mapping[str, int] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    problem: str = ""
+    moved: Mapping[str, float] = field(default_factory=dict)
+    synced: Interval | None = None
+    inference: float = 0.0
+    folded: tuple[str, ...] = ()
+    folding: Interval | None = None
+    fold_problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """What two embeddings of a sample tell about the batch that it was normalized in.
+
+    Attributes:
+        samples: How many were embedded.
+        betrayed: Of the embeddings, how many have their nearest stranger in their own batch.
+        chance: How many would.
+        gain: Points of retrieval that a sample gains when both of its embeddings come from one batch.
+        layers: Normalizers that used batch statistics.
+        problem: Why nothing was measured.
+    """
+
+    samples: int = 0
+    betrayed: float = 0.0
+    chance: float = 0.0
+    gain: Interval | None = None
     layers: tuple[str, ...] = ()
     problem: str = ""
 
@@ -484,7 +519,8 @@ class Measurements:
         devices: Over how many.
         ranks: By normalizer, the largest distance of the ranks' running means in σ; None without ranks.
         rank_problem: Why ranks could not be compared.
-        costs: None where no budget was left for them.
+        costs: None where no rule asked, or no budget was left for them.
+        leak: None where no use was declared that compares samples.
         deployment: Drift against a second loader, if one was passed.
         shift: What the model loses there against itself with statistics of that loader.
         same_samples: Whether both loaders yield the same labels in the same order.
@@ -542,6 +578,7 @@ class Measurements:
     ranks: Mapping[str, float] | None = None
     rank_problem: str = ""
     costs: Costs | None = None
+    leak: Leak | None = None
     deployment: Mapping[str, Drift] = field(default_factory=dict)
     shift: Effect = Effect()
     same_samples: bool = False

@@ -398,10 +398,15 @@ def _note_dominance(notes: _Notes, call: _Call) -> None:
 def _by_sample(rows: Tensor, size: int) -> Tensor:
     """One row per sample, of some channels; none where the rows are no samples.
 
-    A model that folds time into the batch gives several rows per sample: they belong together, and taken for samples of
-    their own would look like a loader that groups.
+    A model that folds time into the batch, or stacks two views, gives several rows per sample: they belong together,
+    and taken for samples of their own would look like a loader that groups. Whether they follow each other or lie a
+    batch apart is told by the data: rows of one sample are alike, so that the right means differ most.
     """
     if rows.shape[0] % size:
         return rows[:0]
     step = max(1, rows.shape[1] // KEPT_CHANNELS)
-    return rows[:, ::step].reshape(size, rows.shape[0] // size, -1).mean(dim=1)
+    few, times = rows[:, ::step], rows.shape[0] // size
+    if times == 1:
+        return few
+    both = (few.reshape(size, times, -1).mean(dim=1), few.reshape(times, size, -1).mean(dim=0))
+    return max(both, key=lambda means: float(means.var(dim=0).sum().nan_to_num()))

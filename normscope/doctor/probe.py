@@ -19,6 +19,7 @@ from normscope.doctor import gates
 from normscope.doctor.attribution import Coalitions, search
 from normscope.doctor.cache import Batch, Cache, Splits, few_of, read, regroup, split, thin
 from normscope.doctor.costs import costs_of
+from normscope.doctor.leak import LEAK, leak
 from normscope.doctor.measurements import Effect, Layer, Measurements, Moments, Outcome, Reference, Site
 from normscope.doctor.patient import Patient, Statistics
 from normscope.doctor.ranks import compare_ranks, devices_of
@@ -37,6 +38,7 @@ from normscope.doctor.suspects import Suspects, folded_ranges, linear_before
 from normscope.doctor.thresholds import Thresholds
 from normscope.doctor.user import bare, dependence, evaluate_once, optimized, reference_facts, round_trip, take_steps
 from normscope.errors import ArgumentError
+from normscope.nn.collective import alone
 from normscope.surgery import Snapshot, feed, switch
 
 __all__ = ["Callables", "Probe", "statistics_of"]
@@ -50,7 +52,9 @@ CANDIDATES = 8
 ATTRIBUTION_BATCHES = 8
 SMALL = 2
 SECOND_LOADER = 0.1
+FEWEST_CUT = 8
 HALVES = ("float16", "bfloat16")
+FOLDING = "NRM702"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +98,9 @@ class Probe:
         start: When the examination began.
         budget: Seconds for all of it.
         declared: Intents and uses.
-        costs: Whether a rule asks for times.
+        prices: Rules that ask for times.
         notes: What a reader must know.
+        pace: Seconds of a forward, per sample.
     """
 
     patient: Patient
@@ -107,8 +112,9 @@ class Probe:
     start: float
     budget: float
     declared: tuple[str, ...] = ()
-    costs: bool = False
+    prices: frozenset[str] = frozenset()
     splits: Splits = field(init=False)
+    pace: float = 0.0
     notes: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -122,6 +128,18 @@ class Probe:
 
     def run(self) -> Measurements:
         """All passes; the caller brings the model back."""
+        found = self.found
+        # Ranks need not take as many passes as each other, and one that checks alone would wait for the rest.
+        with alone():
+            self._passes()
+        self._costs()
+        found["batches"] = (len(self.splits.a), len(self.splits.b), len(self.splits.c))
+        found["traced_size"] = self.cache.batches[0].size
+        found["batch_size"] = max((batch.size for batch in self.cache.batches), default=0)
+        return Measurements(**found)
+
+    def _passes(self) -> None:
+        """All but the times, every rank by itself."""
         found, model = self.found, self.patient.model
         found["layers"] = layers_of(model, self.home)
         found["training"] = bool(model.training)
@@ -141,13 +159,9 @@ class Probe:
         self._states()
         self._attribute()
         self._suspects()
+        self._leak()
         self._deployment()
         self._reference()
-        self._costs()
-        found["batches"] = (len(self.splits.a), len(self.splits.b), len(self.splits.c))
-        found["traced_size"] = self.cache.batches[0].size
-        found["batch_size"] = max((batch.size for batch in self.cache.batches), default=0)
-        return Measurements(**found)
 
     # --- as handed over: before anything changes a mode -----------------------------------------------------------
 
@@ -228,17 +242,32 @@ class Probe:
     # --- the plan -------------------------------------------------------------------------------------------------
 
     def _plan(self) -> None:
-        """Take as many batches as the budget allows, evenly from all splits."""
-        per_batch = max(self.found.pop("second"), 1e-6)
-        affordable = max(1, int(self.left * PLANNED / (per_batch * COST_PER_TRIPLE)))
-        longest = max(len(self.splits.a), 1)
-        if affordable < longest:
-            a, b, c = (thin(part, affordable) for part in (self.splits.a, self.splits.b, self.splits.c))
-            self.splits = Splits(a, b, c)
-            used = sum(self.splits.samples)
-            self.notes.append(
-                f"the budget of {self.budget:g} s allows {used} samples; a larger one sees smaller effects"
-            )
+        """Take as many batches as the budget allows, evenly from all splits; of one that is too slow, a part."""
+        second, size = max(self.found.pop("second"), 1e-6), self.cache.batches[0].size
+        self.pace = second / max(size, 1)
+        affordable = self.left * PLANNED / (second * COST_PER_TRIPLE)
+        if affordable >= max(len(self.splits.a), 1):
+            return
+        parts = (self.splits.a, self.splits.b, self.splits.c)
+        self.splits = Splits(*(thin(part, max(1, int(affordable))) for part in parts))
+        if affordable < 1:
+            self._cut(affordable)
+        told = f"the budget of {self.budget:g} s allows {sum(self.splits.samples)} samples"
+        self.notes.append(f"{told}; a larger one sees smaller effects")
+
+    def _cut(self, share: float) -> None:
+        """Go on with a part of one batch per split: too few for rules about batches, which then say so."""
+        most = max(FEWEST_CUT, int(share * self.cache.batches[0].size))
+        parts = (self.splits.a, self.splits.b, self.splits.c)
+        self.splits = Splits(*(tuple(few_of(batch, most) for batch in part) for part in parts))
+        self.notes.append(f"one batch takes longer than the budget allows: batches were cut to {most} samples")
+
+    def _affords(self, passes: float, batches: Sequence[Batch], what: str) -> bool:
+        """Whether the budget has room for that many more passes; a note where it has not."""
+        if passes * sum(batch.size for batch in batches) * self.pace <= self.left:
+            return True
+        self.notes.append(f"{what} was left out: the budget is spent")
+        return False
 
     # --- P2 to P4 -------------------------------------------------------------------------------------------------
 
@@ -452,6 +481,15 @@ class Probe:
             self.notes.append("some trials of single suspicions were left out: the budget is spent")
         del found["traced"]
 
+    def _leak(self) -> None:
+        """Whether embeddings betray their batch, if they are declared to be compared."""
+        if LEAK not in self.declared:
+            return
+        if not self._affords(2, self.splits.a, "whether embeddings tell their batch"):
+            return
+        with self.home:
+            self.found["leak"] = leak(self.patient, self.splits.a, self.seed)
+
     def _deployment(self) -> None:
         """The same statistics against the batches of a second loader."""
         if self.user.deployment is None:
@@ -459,6 +497,10 @@ class Probe:
         found, patient, t = self.found, self.patient, self.thresholds
         cache = read(self.user.deployment, self.budget * SECOND_LOADER)
         parts = split(cache.batches, self.seed)
+        fit = int(self.left / (3 * self.pace * cache.batches[0].size))
+        parts = Splits(*(thin(part, max(1, fit)) for part in (parts.a, parts.b, parts.c)))
+        if not self._affords(3, parts.a, "the deployment loader"):
+            return
         try:
             with patient.on_batches():
                 own = patient.measure("deployment, batch statistics", parts.a)
@@ -475,11 +517,11 @@ class Probe:
 
     def _costs(self) -> None:
         """Times, if a selected rule asks for them and the budget allows."""
-        if self.costs and self.left > self.budget * (1 - ATTRIBUTION_ENDS):
+        if self.prices and self.left > self.budget * (1 - ATTRIBUTION_ENDS):
             with self.home:
-                self.found["costs"] = costs_of(
-                    self.patient.model, self.cache.batches[0], self.patient.forward, self.patient.device, self.left / 4
-                )
+                patient, folding = self.patient, FOLDING in self.prices
+                first, seconds = self.cache.batches[0], self.left / 4
+                self.found["costs"] = costs_of(patient.model, first, patient.forward, patient.device, seconds, folding)
 
     # --- the other model ------------------------------------------------------------------------------------------
 
@@ -491,7 +533,8 @@ class Probe:
         facts = reference_facts(self.patient.model, layers, other, others)
         if not facts.problem:
             facts = self._outputs(facts, other)
-        if not facts.problem and "eval" in self.found.get("outcomes", {}):
+        scored = not facts.problem and "eval" in self.found.get("outcomes", {})
+        if scored and self._affords(4, self.splits.b, "what statistics of the reference cost"):
             facts = dataclasses.replace(
                 facts,
                 copied=self._with_buffers_of(self.patient, layers, others, self.found["outcomes"]["eval"]),
@@ -500,8 +543,10 @@ class Probe:
         self.found["reference"] = facts
 
     def _outputs(self, facts: Reference, other: Module) -> Reference:
-        """How far the outputs of both lie apart on one batch."""
+        """How far the outputs of both lie apart on one batch, or on a few samples where time is short."""
         patient, first = self.patient, self.cache.batches[0]
+        if 2 * first.size * self.pace > self.left:
+            first = few_of(first)
         try:
             with Snapshot(other), patient.evaluating():
                 mine, _ = patient.run(first)

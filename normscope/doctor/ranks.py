@@ -17,7 +17,7 @@ import torch
 
 from normscope.doctor.measurements import Layer
 
-__all__ = ["compare_ranks", "devices_of"]
+__all__ = ["agreed", "compare_ranks", "devices_of"]
 
 # Ranks reach the same check at about the same time; reading their loaders may differ by this.
 PATIENCE = dt.timedelta(seconds=30)
@@ -33,32 +33,42 @@ def devices_of(model: torch.nn.Module) -> tuple[str, int]:
     return "", 1
 
 
-def compare_ranks(layers: Sequence[Layer], patience: dt.timedelta = PATIENCE) -> tuple[dict[str, float] | None, str]:
-    """By normalizer, the largest distance of the ranks' running means in σ, and why there is none.
-
-    Args:
-        layers: Of this rank.
-        patience: How long to wait for the others; `PATIENCE` by default.
-    """
-    patience = patience or PATIENCE
-    store, world, rank = _store(), torch.distributed.get_world_size(), torch.distributed.get_rank()
-    if store is None:
+def compare_ranks(layers: Sequence[Layer]) -> tuple[dict[str, float] | None, str]:
+    """By normalizer of this rank, the largest distance of the ranks' running means in σ, and why there is none."""
+    if _store() is None:
         return None, "the process group has no store"
     tracked = [x for x in layers if x.mean is not None and x.var is not None]
-    stem = f"normscope/{next(_checks)}"
-    store.set(f"{stem}/{rank}", _packed(tracked))
-    keys = [f"{stem}/{k}" for k in range(world)]
-    try:
-        store.wait(keys, patience)
-    except RuntimeError:  # torch's DistStoreError is one
-        return None, f"not every rank checks its model: after {patience.seconds} s one is missing"
-    theirs = [_unpacked(store.get(key)) for key in keys]
+    packed = _gathered(_packed(tracked))
+    if packed is None:
+        return None, f"not every rank checks its model: after {PATIENCE.seconds} s one is missing"
+    theirs = [_unpacked(data) for data in packed]
     found = {}
     for k, layer in enumerate(tracked):
         means, variances = zip(*(other[k] for other in theirs if len(other) == len(tracked)), strict=True)
         spread = np.sqrt(np.maximum(np.mean(variances, axis=0), 0) + layer.eps)
         found[layer.name] = float(np.max(np.ptp(means, axis=0) / spread))
     return found, ""
+
+
+def agreed(number: int) -> int | None:
+    """The smallest of the numbers that the ranks bring here; None where one of them does not come in time."""
+    theirs = _gathered(str(number).encode())
+    return None if theirs is None else min(int(each) for each in theirs)
+
+
+def _gathered(mine: bytes) -> list[bytes] | None:
+    """What every rank has put into the store; None where one does not."""
+    store, world, rank = _store(), torch.distributed.get_world_size(), torch.distributed.get_rank()
+    if store is None:
+        return None
+    stem = f"normscope/{next(_checks)}"
+    store.set(f"{stem}/{rank}", mine)
+    keys = [f"{stem}/{k}" for k in range(world)]
+    try:
+        store.wait(keys, PATIENCE)
+    except RuntimeError:  # torch's DistStoreError is one
+        return None
+    return [store.get(key) for key in keys]
 
 
 def _store() -> Any:

@@ -80,7 +80,7 @@ class Spec:
 
     def record(self, rule: str) -> Remedy:
         """As a record, for a finding of this rule."""
-        return Remedy(self.code, self.safety, self.text, self.command.format(rule=rule))
+        return Remedy(self.code, self.safety, self.text, self.command.replace("{rule}", rule))
 
 
 FIX = "normscope fix MODEL --data DATA --rule {rule} -o fixed.pt"
@@ -409,6 +409,16 @@ for _spec in (
          "torch.per_channel_affine"),
     Spec("private-norm", "S3", "for per-sample gradients: a normalizer without batch axis, or all BatchNorm in "
          "evaluation mode", "ns.freeze(model)"),
+    Spec("fold", "S3", "fold normalizers into the layers beside them, for inference: the same function",
+         "ns.fold(model, example)"),
+    Spec("keep-layout", "S3", "normalize over channels where they are, or keep one memory order throughout",
+         "ns.nn.LayerNorm2d(channels)  # in place of permute, LayerNorm, permute"),
+    Spec("desync", "S3", "normalize by every rank's own batch", "ns.desynchronize(model)"),
+    Spec("shuffle-keys", "S3", "mix the keys before their forward and bring them into order behind it, so that no "
+         "positive shares its batch",
+         "order = torch.randperm(len(keys)); z = encoder(keys[order])[order.argsort()]  # over all ranks"),
+    Spec("no-batch-axis", "S3", "train with a normalizer that sees one sample at a time",
+         "ns.convert(model, {'BatchNorm': 'GroupNorm(32)'})"),
     Spec("fuse", "S3", "use fused normalizers, the same numbers", "ns.accelerate(model)"),
     Spec("call-modules", "S3", "call modules, not their forward methods, so that hooks see them", "module(x)"),
     Spec("see-list", "S3",

@@ -91,6 +91,8 @@ class Thresholds:
     fold_range: float = _because(30.0, "largest over median range; of 8 bits the median channel keeps 3")
     cost_share: float = _because(0.03, "of a training step; less is not worth an edit")
     cost_noise: float = _because(0.2, "interquartile range of a step; a busy machine times nothing")
+    leak_errors: float = _because(5.0, "standard errors above chance at which embeddings lie next to their batch mates")
+    leak_times: float = _because(2.0, "times chance; less gives no answer away")
     follows: float = _because(0.99, "correlation of the parameters at which one model follows another")
     random_output: float = _because(1e-3, "relative difference of two evaluations; atomics and threads stay near 1e-6")
     explained: float = _because(0.9, "share of the gap at which the search for layers stops")

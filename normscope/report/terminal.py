@@ -260,7 +260,11 @@ def _treatment(word: str, treatment: Treatment, style: str) -> list[Text]:
     head = f" {treatment.rule} {treatment.remedy.code} [{treatment.remedy.safety}]  "
     head += words.fold_layers(treatment.layers, max(LEAST_LAYERS, min(30, WIDTH - len(word + head + gain)))) + gain
     lines = [Text.assemble((word, style), _cut(head, WIDTH - len(word)))]
-    reason = treatment.outcome if word == "skipped" else treatment.remedy.text
+    remedy = treatment.remedy
+    if remedy.safety == "S3":  # nothing that was tried, but something to do: the text, and the patch
+        lines += [Text(f"    {part}") for part in _wrap(f"{treatment.outcome}: {remedy.text}", 2)]
+        return lines + [Text(f"    {part}", style="green") for part in remedy.command.splitlines()]
+    reason = treatment.outcome if word == "skipped" else remedy.text
     return lines + [Text(f"    {part}") for part in _wrap(reason, 2)]
 
 

@@ -362,6 +362,7 @@ class _Modes:
         self.gradients = torch.is_grad_enabled()
         self.functions = torch._C._len_torch_function_stack()
         self.stance = self._compiler("_stance")
+        self.saving = _hooks_on_saved()
 
     def restore(self) -> None:
         torch.set_grad_enabled(self.gradients)
@@ -369,11 +370,18 @@ class _Modes:
             torch._C._pop_torch_function_stack()
         if self._compiler("_stance") != self.stance:
             self._compiler("_set_stance")(self.stance or self._compiler("DynamoStance")())
+        while (top := _hooks_on_saved()) is not None and top != self.saving:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
 
     @staticmethod
     def _compiler(name: str) -> Any:
         # torch.compiler.set_stance has no reader, and importing the compiler to find it untouched costs a second.
         return getattr(sys.modules.get("torch._dynamo.eval_frame"), name, None)
+
+
+def _hooks_on_saved() -> Any:
+    """The newest pair of hooks on what autograd saves; None without any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 class _Rng:

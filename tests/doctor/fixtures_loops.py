@@ -403,6 +403,74 @@ def nrm308(role, case):
     return f
 
 
+class Encoder(nn.Module):
+    """Two views of a sample to two embeddings, normalized in one batch.
+
+    The embedding sees what enters the first normalizer and what comes out, as behind a shortcut: the difference is the
+    batch's mean.
+    """
+
+    def __init__(self, kind):
+        super().__init__()
+        self.body = Net(kind)
+        first = self.body.blocks[0].bn.num_features
+        self.head = nn.Linear(self.body.head.in_features + 2 * first, 16)
+
+    def embed(self, x):
+        first = self.body.blocks[0]
+        before = first.op(x)
+        after = first.bn(before)
+        parts = (before, after, self.body.blocks[1:](torch.relu(after)))
+        return self.head(torch.cat([t.flatten(2).mean(2) if t.dim() > 2 else t for t in parts], 1))
+
+    def forward(self, query, key):
+        return self.embed(torch.cat([query, key])).chunk(2)
+
+
+def views(kind, seed, size, stream):
+    """What is told apart: two samples of one class are two views of an instance."""
+    query, labels = sample(kind, seed, size, stream)
+    return query, sample(kind, seed, size, stream + 50_000, labels)[0]
+
+
+def discriminate(model, query, key, groups, mixed):
+    """The loss of telling instances apart, normalized in groups; mixed: keys in another order than queries."""
+    order = torch.randperm(len(key)) if mixed else torch.arange(len(key))
+    if mixed:
+        z = torch.cat([model.embed(part) for part in query.chunk(groups)])
+        w = torch.cat([model.embed(part) for part in key[order].chunk(groups)])[order.argsort()]
+    else:
+        pairs = [model(q, k) for q, k in zip(query.chunk(groups), key.chunk(groups), strict=True)]
+        z, w = (torch.cat(part) for part in zip(*pairs, strict=True))
+    return F.cross_entropy(F.normalize(z) @ F.normalize(w).T / 0.1, torch.arange(len(query)))
+
+
+@functools.cache
+def told_apart(kind, seed, role):
+    """An encoder whose loss compares samples: with its batch's statistics, without, or with keys in another order."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Encoder(kind)
+        if role == "clean":
+            with_norms(model.body, one_group)
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            discriminate(model, *views(kind, seed, BATCH, 100 + step), 8, role == "near-miss").backward()
+            optimizer.step()
+        return model
+
+
+@fixture("NRM307")
+def nrm307(role, case):
+    model = copy.deepcopy(told_apart(case.kind, case.seed, role))
+    f = Fixture(model, [views(case.kind, case.seed, BATCH // 8, 10_000 + k) for k in range(60)])
+    f.options = {"forward": lambda model, batch: model(*batch), "intent": ("contrastive-loss",)}
+    f.layers = tuple(f"body.{name}" for name in norms(model.body)) if role == "defect" else ()
+    return f
+
+
 # --- 6xx: the loop ------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from normscope.doctor import RULES
 
 SEED = 0
 # Of several devices, of the user's save and load, and of time: tests of their own, in tests/test_doctor_*.py.
-ELSEWHERE = {"NRM309", "NRM605", "NRM607", "NRM801"}
+ELSEWHERE = {"NRM309", "NRM605", "NRM607", "NRM702", "NRM801", "NRM803", "NRM804"}
 
 
 def kind_of(rule):

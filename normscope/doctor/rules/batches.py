@@ -264,3 +264,37 @@ def dominated(m: Measurements, t: Thresholds) -> Judgement:
     where = f"{worst.dominated:.0%} of the channels of {short(names)}"
     reason = f"{worst.culprit} of split A has most of the variance in {where}"
     return alarm("W" if m.trains else "I", reason, names, facts, None, ("inspect-sample",))
+
+
+@rule("NRM307", "cross-sample-leak", uses=("contrastive-loss",))
+def cross_sample_leak(m: Measurements, t: Thresholds) -> Judgement:
+    """Embeddings that are compared with each other tell the batch in which they were normalized.
+
+    What it measures: samples are dealt at random into groups as large as the loader's batches and normalized by them,
+    twice. How often the nearest embedding of another sample is one of the same group; and how many more samples find
+    their second embedding if both come from one group than if they come from two.
+    Why it hurts: positives share a batch and negatives do not, so that batch statistics give the answer away: the
+    pretext task is solved and nothing is learned (moco#137).
+    Threshold: 5 standard errors above chance, twice chance, and a gain whose 99 % interval is above 0.
+    Evidence: the share of strangers of the same group, chance, the gain in points.
+    Fixes: shuffle-keys [S3]; sync [S3]; no-batch-axis [S3].
+    Intentional when: never. Declare the use `contrastive-loss` to have it measured: a loss that compares no samples has
+    nothing to gain from it.
+    Known false alarms: a network that was trained with keys in another order has nothing to tell, and is silent.
+    Fixture: defect: instances told apart with query and key in one batch of 8; near-miss: keys in another order.
+    """
+    if "contrastive-loss" not in m.declared:
+        return unfit("no loss was declared that compares samples: intent=['contrastive-loss']")
+    if m.leak is None or m.leak.problem:
+        return failed("nothing was embedded" if m.leak is None else m.leak.problem)
+    found = m.leak
+    error = np.sqrt(found.chance * (1 - found.chance) / max(found.samples, 1))
+    gain = 0.0 if found.gain is None else found.gain.value
+    facts = {"nearest in the same group": found.betrayed, "chance": found.chance, "gain in points": gain}
+    clear = found.betrayed > max(found.chance + t.leak_errors * error, t.leak_times * found.chance)
+    if not clear or found.gain is None or found.gain.low <= 0:
+        return fine("embeddings do not tell their batch", facts)
+    reason = (
+        f"{found.betrayed:.0%} of the embeddings lie next to a stranger of their batch, by chance {found.chance:.0%}"
+    )
+    return Judgement("warn", reason, found.layers, facts, found.gain, ("shuffle-keys", "sync", "no-batch-axis"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from normscope.doctor.measurements import Change, Measurements, Reference
 from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, short, unfit
+from normscope.doctor.rules.prices import costs_of_model
 from normscope.doctor.thresholds import Thresholds
 
 __all__: list[str] = []
@@ -84,6 +85,37 @@ def fold_mismatch(m: Measurements, t: Thresholds) -> Judgement:
         return fine("folding kept the function", facts)
     reason = f"{len(r.gone)} normalizers were folded, and outputs differ by {r.difference:.2g}: {short(r.gone)}"
     return alarm("E", reason, r.gone, facts, None, ("fold-again",))
+
+
+@rule("NRM702", "foldable-not-folded")
+def unfolded(m: Measurements, t: Thresholds) -> Judgement:
+    """Inference computes normalizers that the layers beside them could compute.
+
+    What it measures: a forward in evaluation mode as it is and of a folded copy, in turns, 12 times each; the 99 %
+    interval of the difference. The copy is proven equal before it is timed.
+    Why it hurts: in evaluation BatchNorm is s·x + t, which the layer next to it does for nothing.
+    Threshold: 3 % of the forward with an interval above 0.
+    Evidence: milliseconds, the share, how many can be folded.
+    Fixes: fold [S3].
+    Intentional when: training goes on: a folded model cannot be trained as before.
+    Known false alarms: none; it is information, and asked for by select.
+    Fixture: none, because a busy machine would break it; measurements made by hand, and a layer that cannot be folded.
+    """
+    costs = costs_of_model(m)
+    if isinstance(costs, Judgement):
+        return costs
+    if costs.folding is None:
+        return failed(costs.fold_problem) if costs.fold_problem else absent("select=['NRM702']: it takes a while")
+    if not costs.folded:
+        return fine("no normalizer can be folded")
+    share = costs.folding.value / costs.inference
+    facts = {"forward in ms": costs.inference, "folding saves in ms": costs.folding.value, "share": share}
+    if share < t.cost_share:
+        return fine("folding would save little", facts)
+    if costs.folding.low <= 0:
+        return failed("the machine is too busy to tell what folding saves")
+    reason = f"folding saves {share:.0%} of a forward: {costs.folding.value:.3g} of {costs.inference:.3g} ms"
+    return Judgement("info", reason, costs.folded, facts, costs.folding, ("fold",))
 
 
 @rule("NRM703", "exported-in-train-mode")

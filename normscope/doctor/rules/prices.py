@@ -6,13 +6,18 @@ from normscope.doctor.measurements import Costs, Measurements
 from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, short, unfit
 from normscope.doctor.thresholds import Thresholds
 
-__all__: list[str] = []
+__all__ = ["costs_of_model"]
 
 
-def _costs(m: Measurements) -> Costs | Judgement:
+def costs_of_model(m: Measurements) -> Costs | Judgement:
+    """What was timed, or why nothing was."""
     if not m.layers:
         return unfit("the model has no normalizers")
-    return absent("select=['NRM8']: timing takes a while, and is done when asked for") if m.costs is None else m.costs
+    return (
+        absent("select=['NRM8', 'NRM702']: timing takes a while, and is done when asked for")
+        if m.costs is None
+        else m.costs
+    )
 
 
 @rule("NRM801", "time-share")
@@ -29,7 +34,7 @@ def time_share(m: Measurements, t: Thresholds) -> Judgement:
     Known false alarms: none; it is information.
     Fixture: defect: BatchNorm after every cheap layer; near-miss: one behind large products.
     """
-    costs = _costs(m)
+    costs = costs_of_model(m)
     if isinstance(costs, Judgement):
         return costs
     if costs.saved is None:
@@ -57,7 +62,7 @@ def memory(m: Measurements, _: Thresholds) -> Judgement:
     Known false alarms: what another operation saves as well is counted for the normalizer if it comes first.
     Fixture: defect: BatchNorm behind convolutions on large maps; near-miss: frozen layers on small ones.
     """
-    costs = _costs(m)
+    costs = costs_of_model(m)
     if isinstance(costs, Judgement):
         return costs
     if not costs.held and costs.problem:
@@ -69,3 +74,64 @@ def memory(m: Measurements, _: Thresholds) -> Judgement:
     names = sorted(costs.held, key=lambda n: -costs.held[n])
     reason = f"{total:.3g} MiB are held for the backward pass of normalizers, most by {short(names)}"
     return alarm("I", reason, names, facts, None, ("fuse",))
+
+
+@rule("NRM803", "layout-conversions")
+def conversions(m: Measurements, t: Thresholds) -> Judgement:
+    """Normalizers whose output lies in memory in another order than their input.
+
+    What it measures: the strides of what goes in and comes out in one forward in training mode; where they differ, the
+    time of copying such a tensor into the other order and its gradient back, 12 times each, the median.
+    Why it hurts: a layer that loses channels_last makes the next convolution convert, and LayerNorm behind a permute
+    copies first (pytorch#111824).
+    Threshold: 3 % of a training step for all copies together.
+    Evidence: milliseconds, their share, the layers by time.
+    Fixes: keep-layout [S3].
+    Intentional when: the next layer wants the other order.
+    Known false alarms: none; it is information. A copy that a following layer would make in any case is counted here.
+    Fixture: none, because a busy machine would break it; measurements made by hand, and a LayerNorm between transposes.
+    """
+    costs = costs_of_model(m)
+    if isinstance(costs, Judgement):
+        return costs
+    if not costs.step:
+        return failed(costs.problem)
+    total = sum(costs.moved.values())
+    facts = {"step in ms": costs.step, "copies in ms": total, "share of the step": total / costs.step}
+    if total / costs.step < t.cost_share:
+        return fine("normalizers leave tensors in their order" if not costs.moved else "copies take little", facts)
+    names = sorted(costs.moved, key=lambda n: -costs.moved[n])
+    reason = f"copies into another memory order take {total:.3g} of {costs.step:.3g} ms, most by {short(names)}"
+    return alarm("I", reason, names, facts, None, ("keep-layout",))
+
+
+@rule("NRM804", "sync-cost")
+def synchronization(m: Measurements, t: Thresholds) -> Judgement:
+    """What share of a training step synchronized normalizers wait for the other ranks.
+
+    What it measures: training steps with SyncBatchNorm and with BatchNorm in its place, in turns, 12 times each, on all
+    ranks at once; the 99 % interval of the difference. The ranks first agree on it in the store of torch.distributed.
+    Why it hurts: one report counted 25 % of the time (BEVDet#147), another 59 minutes for 40 (pytorch#50549).
+    Threshold: 3 % of the step with an interval above 0; a machine on which the step scatters by a fifth says nothing.
+    Evidence: milliseconds, the share.
+    Fixes: desync [S3], where NRM302 finds a rank's own batch large enough.
+    Intentional when: batches of one device are too small.
+    Known false alarms: none; it is information.
+    Fixture: none, because a busy machine would break it; measurements made by hand, and two processes that are timed.
+    """
+    costs = costs_of_model(m)
+    if isinstance(costs, Judgement):
+        return costs
+    names = [x.name for x in m.layers if "SyncBatchNorm" in x.cls]
+    if not names or m.devices < 2:
+        return unfit("no normalizer waits for other ranks")
+    if costs.synced is None:
+        return failed(costs.problem)
+    if costs.spread > t.cost_noise:
+        return failed(f"the machine is busy: steps scatter by {costs.spread:.0%}")
+    share = costs.synced.value / costs.step
+    facts = {"step in ms": costs.step, "waiting in ms": costs.synced.value, "share of the step": share}
+    if costs.synced.low <= 0 or share < t.cost_share:
+        return fine("synchronized normalizers take little of a training step", facts)
+    reason = f"synchronized normalizers take {costs.synced.value:.3g} of {costs.step:.3g} ms: {short(names)}"
+    return Judgement("info", reason, tuple(names), facts, costs.synced, ("desync",))

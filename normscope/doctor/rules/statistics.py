@@ -59,7 +59,7 @@ def non_finite(m: Measurements, _: Thresholds) -> Judgement:
 @rule(
     "NRM102",
     "statistics-never-tracked",
-    causes=("NRM113", "NRM602"),
+    causes=("NRM113", "NRM602", "NRM606"),
     intents=("caffe-folded-frozenbn", "split-bn"),
 )
 def never_tracked(m: Measurements, _: Thresholds) -> Judgement:
@@ -149,7 +149,8 @@ def stale(m: Measurements, t: Thresholds) -> Judgement:
     Fixes: recal [S1]; then the cause, which 102, 104, 106, 113, 203 or 602 names.
     Intentional when: `tta-bn/adabn`, `supernet`, `recalibrating`, `gan-batchstats-test`; `bn-frozen-throughout`:
     statistics of the pretraining, to which the weights have adapted.
-    Known false alarms: a loader of other data than the model will meet: that is a shift, not a bug.
+    Known false alarms: a loader of other data than the model will meet: that is a shift, not a bug; a model that was
+    not trained yet, whose loss says nothing, gets information.
     Fixture: defect: running mean of one layer + 0.5 σ; near-miss: + 0.05 σ, or 5 σ where γ ≈ 0.
     """
     if not _running(m):
@@ -168,8 +169,16 @@ def stale(m: Measurements, t: Thresholds) -> Judgement:
     facts = _drift_facts(beyond, m)
     felt = m.recalibrated.grade is not None and not m.recalibrated.harmful
     tail = "; no measurable effect" if felt else ""
+    if m.recalibrated.grade is None and _untouched(m):
+        grade, tail = "I", "; γ and β are initial: the model seems to be untrained"
     reason = f"{len(names)} of {len(m.drift)} normalizers hold statistics of other activations: {short(names)}{tail}"
     return alarm(grade, reason, names, facts, m.recalibrated, ("recal",))
+
+
+def _untouched(m: Measurements) -> bool:
+    """Whether there are γ and β, and all of them are as they were made."""
+    affine = [x for x in m.layers if x.weight is not None or x.bias is not None]
+    return bool(affine) and not any(_trained(x) for x in affine)
 
 
 def _mean(values: Array) -> float:
@@ -182,8 +191,8 @@ def _drift_facts(drifts: dict[str, Drift], m: Measurements) -> dict[str, float |
     rho = np.concatenate([d.rho for d in drifts.values()])
     facts: dict[str, float | str] = {
         "layers": float(len(drifts)),
-        "median |δ|": float(np.median(np.abs(delta))),
-        "median |ρ|": float(np.median(np.abs(rho))),
+        "median |δ|": gates.median_size(delta),
+        "median |ρ|": gates.median_size(rho),
         "largest share of channels": max(d.share for d in drifts.values()),
     }
     top = sorted(m.shares.items(), key=lambda item: -item[1])[:3]
@@ -193,7 +202,9 @@ def _drift_facts(drifts: dict[str, Drift], m: Measurements) -> dict[str, float |
     return facts
 
 
-@rule("NRM104", "ema-not-converged", causes=("NRM106", "NRM203", "NRM205"), intents=("recalibrating",))
+@rule(
+    "NRM104", "ema-not-converged", causes=("NRM106", "NRM113", "NRM203", "NRM205", "NRM602"), intents=("recalibrating",)
+)
 def not_converged(m: Measurements, t: Thresholds) -> Judgement:
     """Running statistics that still hold much of their initial values.
 
@@ -286,7 +297,8 @@ def momentum(m: Measurements, t: Thresholds) -> Judgement:
     serious = spread >= t.jitter or drifted or still or any((x.momentum or 0.0) < 0 for x in odd)
     value = odd[0].momentum or 0.0
     facts = {"momentum": value, "1 − momentum": 1 - value, "predicted jitter in σ": spread}
-    reason = f"momentum {value:g} in {short(names)}; torch weighs the new batch, so that {1 - value:g} may be meant"
+    meant = f"torch weighs the new batch, so that {1 - value:g} may be meant" if value > 0 else "statistics never move"
+    reason = f"momentum {value:g} in {short(names)}; {meant}"
     # Only new statistics give back what the wrong momentum has cost; the right one keeps it from happening again.
     remedies = ("recal", "momentum") if m.recalibrated.harmful else ("momentum", "recal")
     return alarm("W" if serious else "I", reason, names, facts, m.recalibrated, remedies)

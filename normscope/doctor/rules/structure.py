@@ -10,6 +10,9 @@ from normscope.doctor.thresholds import Thresholds
 
 __all__: list[str] = []
 
+# What torch takes; with less, or none, a variance of nearly 0 is blown up all the more.
+USUAL_EPS = 1e-5
+
 
 @rule("NRM401", "redundant-bias")
 def redundant_bias(m: Measurements, _: Thresholds) -> Judgement:
@@ -144,7 +147,8 @@ def _dead_share(layer: Layer, data: Moments) -> float | None:
 def amplified(m: Measurements, t: Thresholds) -> Judgement:
     """A channel that was constant in training and is not any more.
 
-    What it measures: channels whose running variance is below 10·ε while the data's is 100 times larger and more.
+    What it measures: channels whose running variance is below 10·ε, or 1e-4 where ε is less than 1e-5, while the data's
+    is 100 times larger and more.
     Why it hurts: dividing by a deviation of nearly 0 blows up what varies now: a loss of 4e10 (vision#2599).
     Threshold: any such channel that γ does not switch off; an error where recalibration gains as much.
     Evidence: the channels, the ratio of the variances.
@@ -161,9 +165,10 @@ def amplified(m: Measurements, t: Thresholds) -> Judgement:
         var, data = np.asarray(x.var), m.own[x.name].var
         weight = np.ones_like(var) if x.weight is None else np.abs(x.weight)
         live = weight > t.gamma_zero * max(float(weight.max(initial=0.0)), 1e-30)
-        hit = live & (var < t.eps_times * x.eps) & (data > t.constant_times * (var + x.eps))
+        small = t.eps_times * max(x.eps, USUAL_EPS)
+        hit = live & (var < small) & (data > t.constant_times * (var + x.eps))
         if hit.any():
-            found[x.name] = float(np.max(data[hit] / (var[hit] + x.eps)))
+            found[x.name] = float(np.max(data[hit] / np.maximum(var[hit] + x.eps, 1e-30)))
     if not found:
         return fine("no channel was constant in training and varies now")
     names = sorted(found, key=lambda n: -found[n])
