@@ -39,12 +39,16 @@ if TYPE_CHECKING:
     from normscope.doctor import (
         FixReport,
         Report,
+        SelfTestReport,
         StateNotRestoredError,
         Thresholds,
         UnhealthyError,
+        Watcher,
         assert_healthy,
         check,
         load,
+        selftest,
+        watch,
     )
 
 __version__ = "0.1.0"
@@ -62,12 +66,14 @@ __all__ = [
     "ProofError",
     "RecomputationError",
     "Report",
+    "SelfTestReport",
     "ShapeError",
     "StateError",
     "StateNotRestoredError",
     "SynchronizationError",
     "Thresholds",
     "UnhealthyError",
+    "Watcher",
     "__version__",
     "accelerate",
     "adapt",
@@ -89,23 +95,29 @@ __all__ = [
     "plan",
     "provisional_statistics",
     "recalibrate",
+    "selftest",
     "split_statistics",
     "states",
     "synchronize",
     "to_torch",
     "unfreeze",
+    "watch",
 ]
 
 _OF_THE_DOCTOR = (
     "FixReport",
     "Report",
+    "SelfTestReport",
     "StateNotRestoredError",
     "Thresholds",
     "UnhealthyError",
+    "Watcher",
     "assert_healthy",
     "check",
     "convert",
     "load",
+    "selftest",
+    "watch",
 )
 
 

@@ -207,7 +207,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return _decode_record(typing.cast(type, kind), value, where)
     if origin is tuple:
         return _decode_tuple(arguments, value, where)
-    if origin is types.UnionType:  # T | None, the only union in records
+    # T | None, the only union in records; with a Literal it is of the older kind.
+    if origin in (types.UnionType, typing.Union):
         return None if value is None else _decode(arguments[0], value, where)
     if origin is Literal and value in arguments:
         return value
@@ -1026,3 +1027,82 @@ __all__ += [
     "Registration",
     "Series",
 ]
+
+
+# --- the self-test of the doctor ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One size of a defect, put into the copy and checked.
+
+    Attributes:
+        severity: Of the alarm that saw it; None where it was not seen.
+        codes: The rules at work: those that raised what the untouched copy did not.
+        cost: What the defect costs on samples that took no part in finding it; None where that was not measured.
+    """
+
+    size: float
+    severity: Severity | None
+    codes: tuple[str, ...]
+    cost: Interval | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """How small a defect the doctor sees in this model, with these data.
+
+    Attributes:
+        unit: Of the sizes; "" for a defect that is there or not.
+        layers: Where it was put.
+        status: "no-cost": at its largest size no alarm, and no cost that could be shown; "masked": the untouched copy
+            raises the same alarm there, so that nothing can be told.
+        seen: The smallest size that was seen; None where none was.
+        missed: The largest that was tried below it and not seen; None where none was.
+        reason: Of any status but "seen".
+    """
+
+    defect: str
+    text: str
+    rules: tuple[str, ...]
+    unit: str
+    layers: tuple[str, ...]
+    status: Literal["seen", "no-cost", "not-seen", "masked", "not-applicable", "not-tried"]
+    seen: Trial | None
+    missed: Trial | None
+    trials: tuple[Trial, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfTest:
+    """The record of `normscope selftest`: which known defects the doctor sees in a copy of the user's model.
+
+    Attributes:
+        control: What the untouched copy raises.
+        checks: How many checks were made, the control's included, and `per_check` what one took, in the median.
+        samples: In the batches that were kept.
+        settled: Whether every search for a smallest size came to its end.
+        before: Fingerprint of the user's model, which was the same afterwards.
+    """
+
+    model: str
+    norms: tuple[tuple[str, int], ...]
+    layer: str
+    samples: int
+    control: tuple[Finding, ...]
+    sensitivities: tuple[Sensitivity, ...]
+    checks: int
+    per_check: float
+    seconds: float
+    budget: float
+    settled: bool
+    device: str
+    settings: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    before: str
+    machine: Machine
+
+
+__all__ += ["SelfTest", "Sensitivity", "Trial"]

@@ -9,13 +9,13 @@ import pytest
 PUBLIC = {
     "normscope": [
         "ArgumentError", "DataError", "DegenerateScopeError", "DependencyError", "DtypeError", "FixReport",
-        "Moments",
-        "NormscopeError", "NotationError", "ProofError", "RecomputationError", "Report", "ShapeError", "StateError",
+        "Moments", "NormscopeError", "NotationError", "ProofError", "RecomputationError", "Report", "SelfTestReport",
+        "ShapeError", "StateError", "Watcher", "watch",
         "StateNotRestoredError", "Thresholds", "UnhealthyError", "__version__", "assert_healthy", "backends",
         "check", "freeze", "functional", "load", "moments", "nn", "normalize", "plan", "recalibrate", "unfreeze",
         "SynchronizationError", "desynchronize", "optim", "parametrizations", "pause_statistics",
         "provisional_statistics", "states", "synchronize", "accelerate", "to_torch", "convert", "adapt", "fold",
-        "split_statistics",
+        "split_statistics", "selftest",
     ],
     "normscope.functional": ["add_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"],
     "normscope.nn": [
@@ -29,7 +29,10 @@ PUBLIC = {
         "BatchNormLSTM", "LayerNormGRU", "LayerNormLSTM", "RecurrentBatchNorm", "SyncBatchNorm",
     ],
 }  # fmt: skip
-HEAVY = ("matplotlib", "pandas", "triton", "ray", "sklearn", "rich", "click", "jinja2", "scipy", "torch._dynamo")
+HEAVY = (
+    "matplotlib", "pandas", "triton", "ray", "sklearn", "rich", "click", "jinja2", "scipy", "torch._dynamo",
+    "lightning", "pytorch_lightning", "transformers",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("module", PUBLIC)

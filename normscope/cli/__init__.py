@@ -9,6 +9,7 @@ import normscope.cli.convert
 import normscope.cli.demo
 import normscope.cli.doctor
 import normscope.cli.lab
+import normscope.cli.selftest
 import normscope.cli.surgery  # noqa: F401 - they register their commands
 from normscope.cli.group import main
 

@@ -21,9 +21,8 @@ from normscope.records import CheckRecord, FixRecord, to_json
 
 if TYPE_CHECKING:
     from normscope.doctor import Report
-    from normscope.doctor.configuration import Configuration
 
-__all__ = ["check", "diff", "fix", "rule", "rules"]
+__all__ = ["Seconds", "check", "codes", "diff", "fix", "rule", "rules"]
 
 # Options that name a function of the user, in the order of the help.
 FUNCTIONS = {
@@ -48,7 +47,7 @@ GROUPS = {
 }
 
 
-class _Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """Seconds, with or without the unit: 60, 60s."""
 
     name = "seconds"
@@ -80,7 +79,7 @@ def _examination(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--config", type=click.Path(path_type=Path), help="pyproject.toml; default: the next one upwards."
         ),
-        click.option("--budget", type=_Seconds(), default="60", show_default=True, help="Time for the measurements."),
+        click.option("--budget", type=Seconds(), default="60", show_default=True, help="Time for the measurements."),
         click.option("--device", help="Where to run: cpu, cuda:0. Default: where the model is."),
         click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True),
         click.option(
@@ -235,9 +234,10 @@ def _examine(given: dict[str, Any]) -> Report:
     """Build what the user named, and check it."""
     from normscope import doctor
     from normscope.cli import load
+    from normscope.doctor import configuration
 
     near = given["model"]
-    settings = _settings(given["config"])
+    settings = configuration.project(given["config"])
     with progress("building the model"):
         model = load.build_model(near)
         load.weights(model, given["weights"])
@@ -256,12 +256,10 @@ def _examine(given: dict[str, Any]) -> Report:
                 **functions,
                 optimizer=None if make is None else make(model),
                 reference=reference,
-                intent=(*settings.intent, *given["intent"]),
-                select=_codes(given["select"]) or settings.select or None,
-                ignore=[*settings.ignore, *(_codes(given["ignore"]) or ())] or None,
                 deployment=deployment,
-                module_ignores=settings.module_ignores,
-                thresholds=settings.thresholds,
+                **settings.joined(
+                    {"intent": given["intent"], "select": codes(given["select"]), "ignore": codes(given["ignore"])}
+                ),
                 budget=given["budget"],
                 device=load.describe(given["device"]),
                 progress=tell,
@@ -271,15 +269,8 @@ def _examine(given: dict[str, Any]) -> Report:
             sys.exit(INTERNAL_ERROR)
 
 
-def _settings(path: Path | None) -> Configuration:
-    """The project's settings, of the file that is named or of the next one upwards."""
-    from normscope.doctor import configuration
-
-    found = configuration.nearest(Path.cwd()) if path is None else path
-    return configuration.Configuration() if found is None else configuration.configure(found)
-
-
-def _codes(given: tuple[str, ...]) -> list[str] | None:
+def codes(given: tuple[str, ...]) -> list[str] | None:
+    """Codes of rules, given one by one or in lists; None for none."""
     return [code.upper() for part in given for code in re.split(r"[,\s]+", part) if code] or None
 
 

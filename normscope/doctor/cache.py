@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from normscope.errors import ArgumentError, DataError
 
-__all__ = ["Batch", "Cache", "LoaderFacts", "Splits", "few_of", "generators", "read", "regroup", "split"]
+__all__ = ["Batch", "Cache", "LoaderFacts", "Reader", "Splits", "few_of", "generators", "read", "regroup", "split"]
 
 # 96 batches make three splits of 32, the depth at which null distributions are smooth; of small batches more are kept,
 # because costs are measured by samples.
@@ -129,8 +129,8 @@ def size_of(data: Any) -> int:
 
 
 @dataclass(slots=True)
-class _Reader:
-    """The state of reading."""
+class Reader:
+    """What was kept of the batches that passed by so far: bounded, and evenly spread over all of them."""
 
     kept: list[Batch] = field(default_factory=list)
     bytes: int = 0
@@ -173,7 +173,7 @@ def read(loader: Iterable[Any], seconds: float) -> Cache:
         DataError: It is empty, or raises before the first batch.
     """
     _check(loader)
-    reader, ended, notes = _Reader(), True, []
+    reader, ended, notes = Reader(), True, []
     deadline = time.monotonic() + seconds
     try:
         for data in loader:
@@ -211,7 +211,7 @@ def _check(loader: Any) -> None:
         )
 
 
-def _facts(loader: Any, reader: _Reader, ended: bool) -> LoaderFacts:
+def _facts(loader: Any, reader: Reader, ended: bool) -> LoaderFacts:
     samples = None
     with contextlib.suppress(Exception):
         samples = len(loader.dataset)

@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Configuration", "configure", "nearest"]
+__all__ = ["Configuration", "configure", "nearest", "project"]
 
 _LISTS = ("select", "ignore", "intent")
 
@@ -40,6 +40,34 @@ class Configuration:
     intent: tuple[str, ...] = ()
     module_ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     thresholds: Thresholds = DEFAULTS
+
+    def joined(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `check` that a call gives, with what the project wants.
+
+        Intents and ignores add up; a selection and thresholds of the call are in place of the project's.
+
+        Args:
+            given: Any arguments of `check`.
+        """
+        made = dict(given)
+        for name in ("ignore", "intent"):
+            made[name] = (*getattr(self, name), *_listed(given.get(name)))
+        made["module_ignores"] = {**self.module_ignores}
+        for pattern, codes in (given.get("module_ignores") or {}).items():
+            made["module_ignores"][pattern] = (*self.module_ignores.get(pattern, ()), *_listed(codes))
+        made["select"] = given.get("select") or self.select or None
+        made.setdefault("thresholds", self.thresholds)
+        return made
+
+
+def _listed(given: Iterable[str] | str | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def project(config: str | os.PathLike[str] | None = None) -> Configuration:
+    """The settings in a file, or in the next pyproject.toml upwards from the working folder, or the defaults."""
+    found = nearest(Path.cwd()) if config is None else config
+    return Configuration() if found is None else configure(found)
 
 
 def nearest(start: str | os.PathLike[str]) -> Path | None:

@@ -23,14 +23,14 @@ from normscope.doctor.patches import Source, patched
 from normscope.doctor.patient import Patient
 from normscope.doctor.probe import FOLDING, Callables, Probe
 from normscope.doctor.progress import Progress, Tell
-from normscope.doctor.report import Report, UnhealthyError
+from normscope.doctor.report import Report
 from normscope.doctor.rules import RULES, Judgement, Rule
 from normscope.doctor.thresholds import DEFAULTS, Thresholds
 from normscope.errors import ArgumentError, NormscopeError
-from normscope.records import ChannelStatistics, CheckRecord, Finding, Machine, NormRow, Score, Severity
+from normscope.records import ChannelStatistics, CheckRecord, Finding, Machine, NormRow, Score
 from normscope.surgery import Snapshot, state_hash
 
-__all__ = ["StateNotRestoredError", "assert_healthy", "check", "rule_pages"]
+__all__ = ["StateNotRestoredError", "check", "check_arguments", "rule_pages", "unharmed"]
 
 # Share of the budget after which reading the loader ends.
 READING = 0.15
@@ -110,11 +110,11 @@ def check(
     """
     start = time.monotonic()
     user = Callables(forward, loss, metric, optimizer, train_step, evaluate, predict, roundtrip, reference, deployment)
-    _check_arguments(model, user, budget)
+    check_arguments(model, user, budget)
     run, declared = judge.chosen(select, ignore), judge.check_intents(intent)
     place = None if device is None else torch.device(device)
     judge.spare([], module_ignores or {})  # bad codes are refused before anything runs
-    with generators(deployment), _unharmed(model, reference, loader) as (before, home):
+    with generators(deployment), unharmed(model, reference, loader) as (before, home):
         patient = Patient(model, forward, loss, metric, _device(model, place), progress=Progress(progress))
         patient.progress.at("reading the loader")
         cache = read(loader, budget * READING)
@@ -132,39 +132,13 @@ def check(
     return Report(record, measured, ward)
 
 
-def assert_healthy(model: Module, loader: Iterable[Any], *, fail_on: Severity = "E", **options: Any) -> Report:
-    """Check a model inside a test: raise where a finding is at this severity or above.
-
-    Args:
-        model: The model.
-        loader: As in `check`.
-        fail_on: "E", "W" or "I".
-        **options: As in `check`.
-
-    Raises:
-        UnhealthyError: An AssertionError that lists the findings.
-
-    Example:
-        >>> import torch, normscope as ns
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).eval()
-        >>> ns.assert_healthy(model, [torch.randn(16, 3) for _ in range(6)]).passed("W")
-        True
-    """
-    report = check(model, loader, **options)
-    if not report.passed(fail_on):
-        first = report.findings[0]
-        cure = first.remedies[0].text if first.remedies else "see the findings"
-        raise UnhealthyError(f"the model is not healthy\n{report}", cure=cure)
-    return report
-
-
 def rule_pages() -> dict[str, str]:
     """The page of every rule, by code."""
     return {code: f"{code} {RULES[code].name}\n\n{RULES[code].page}" for code in sorted(RULES)}
 
 
 @contextlib.contextmanager
-def _unharmed(model: Module, reference: Module | None, loader: Iterable[Any]) -> Iterator[tuple[str, Snapshot]]:
+def unharmed(model: Module, reference: Module | None, loader: Iterable[Any]) -> Iterator[tuple[str, Snapshot]]:
     """Bring everything back whatever happens, and prove it (NRM904)."""
     others = [] if reference is None or reference is model else [reference]
     before = state_hash(model, rng=True)
@@ -183,7 +157,8 @@ def _unharmed(model: Module, reference: Module | None, loader: Iterable[Any]) ->
         )
 
 
-def _check_arguments(model: Any, user: Callables, budget: float) -> None:
+def check_arguments(model: Any, user: Callables, budget: float) -> None:
+    """Refuse what cannot be examined, before anything runs."""
     if not isinstance(model, Module):
         raise ArgumentError(
             f"the model must be a torch.nn.Module, but it is a {type(model).__name__}", cure="build it first"

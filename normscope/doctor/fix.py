@@ -96,6 +96,12 @@ class FixReport:
         self._before.restore()
         return self.model
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from normscope.report.notebook import fix_html  # as in Report.to_html
+
+        return fix_html(self.record)
+
     def __repr__(self) -> str:
         return f"FixReport({len(self.applied)} applied, {len(self.skipped)} skipped, confirmed={self.confirmed})"
 

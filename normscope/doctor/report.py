@@ -13,16 +13,12 @@ from normscope import records
 from normscope.doctor.fix import FixReport, Ward, treat
 from normscope.doctor.measurements import Measurements
 from normscope.doctor.progress import Tell
-from normscope.errors import ArgumentError, NormscopeError
+from normscope.errors import ArgumentError
 from normscope.records import CheckRecord, Finding, Severity, Verdict
 
-__all__ = ["Report", "UnhealthyError"]
+__all__ = ["Report"]
 
 _ORDER = {"E": 0, "W": 1, "I": 2}
-
-
-class UnhealthyError(NormscopeError, AssertionError):
-    """`assert_healthy` found something at the given severity or above."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -76,11 +72,15 @@ class Report:
             fail_on: "E", "W" or "I".
             baseline: The record of an earlier check: what it found in the same modules does not count.
         """
+        return not self.failures(fail_on, baseline)
+
+    def failures(self, fail_on: Severity = "E", baseline: CheckRecord | None = None) -> tuple[Finding, ...]:
+        """The findings for which `passed` says no, in the order of `findings`."""
         if fail_on not in _ORDER:
             raise ArgumentError(f"fail_on {fail_on!r} is no severity", cure="use one of E, W, I")
         known = set() if baseline is None else {one for f in baseline.findings for one in f.fingerprints}
         new = [finding for finding in self.findings if not finding.fingerprints <= known]
-        return all(_ORDER[finding.severity] > _ORDER[fail_on] for finding in new)
+        return tuple(finding for finding in new if _ORDER[finding.severity] <= _ORDER[fail_on])
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the record as JSON; `normscope.records.from_json(CheckRecord, text)` reads it back without loss."""
@@ -102,6 +102,12 @@ class Report:
             progress: As in `check`.
         """
         return treat(self._ward, self.record, unsafe, progress)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from normscope.report.notebook import check_html
+
+        return check_html(self.record)
 
     def __repr__(self) -> str:
         count = {s: sum(f.severity == s for f in self.findings) for s in "EWI"}

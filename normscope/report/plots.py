@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["as_file", "draw"]
+__all__ = ["as_file", "draw", "figure"]
 
 # Okabe and Ito, without their yellow, which is too pale for lines.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#5b6570")
@@ -21,20 +21,21 @@ WIDTH, HEIGHT = 4.6, 3.4
 
 def draw(picture: Picture, name: str) -> Panel:
     """For a page, whose light or dark colours it takes; the name keeps it apart from other pictures there."""
-    return panel(_figure(picture), picture.caption, f"{name}-")
+    return panel(figure(picture), picture.caption, f"{name}-")
 
 
 def as_file(picture: Picture) -> str:
     """An SVG file."""
-    return svg_file(_figure(picture))
+    return svg_file(figure(picture))
 
 
-def _figure(picture: Picture) -> Figure:
-    figure = new_figure(WIDTH * len(picture.plots), HEIGHT)
-    row = figure.subplots(1, len(picture.plots), squeeze=False)[0]
+def figure(picture: Picture) -> Figure:
+    """The plots side by side, for files of any kind."""
+    made = new_figure(WIDTH * len(picture.plots), HEIGHT)
+    row = made.subplots(1, len(picture.plots), squeeze=False)[0]
     for axes, plot in zip(row, picture.plots, strict=True):
         _draw(axes, plot)
-    return figure
+    return made
 
 
 def _draw(axes: Axes, plot: Plot) -> None:

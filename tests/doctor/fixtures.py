@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import normscope as ns
 from normscope.doctor import RULES, check
 from normscope.doctor.cache import Batch
+from normscope.doctor.defects import poison, shift_mean
 
 KINDS = ("mlp", "conv", "seq")
 ROLES = ("defect", "clean", "near-miss")
@@ -460,7 +461,7 @@ def nrm101(role, case):
         buffer, value = ((bn.running_mean, math.nan), (bn.running_var, math.inf), (bn.running_var, -1e-6))[
             case.seed % 3
         ]
-        buffer[3] = value
+        poison(buffer, value, 3)
     if role == "near-miss":
         f.model = case.muted(1)  # a channel that says nothing, so that only the rule in question is on trial
         f.model.get_submodule(case.middle(f.model)).running_var[0] = 1e6 if case.odd else 0.0
@@ -498,13 +499,13 @@ def nrm103(role, case):
         f.layers, f.healthy = norms(f.model), case.recalibrated(f.model)
     elif role == "defect":
         f.layers, f.healthy = (name,), case.model()
-        bn.running_mean += 0.5 * bn.running_var.sqrt()
+        shift_mean(bn, 0.5)
     elif role == "near-miss" and case.odd:
         f.model = case.muted(4)
         bn = f.model.get_submodule(name)
-        bn.running_mean[:4] += 5 * bn.running_var[:4].sqrt()
+        shift_mean(bn, 5, slice(4))
     elif role == "near-miss":
-        bn.running_mean += 0.05 * bn.running_var.sqrt()
+        shift_mean(bn, 0.05)
     return f
 
 
