@@ -31,10 +31,10 @@ from scipy.stats import beta
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "doctor"))
 
-import cases  # noqa: E402
 import fixtures  # noqa: E402
 import fixtures_loops  # noqa: E402, F401 - they register themselves
 import fixtures_models  # noqa: E402, F401
+import reported  # noqa: E402
 import zoo  # noqa: E402
 
 RESTORED = 0.9
@@ -225,24 +225,24 @@ def write(path, name, lines):
     path.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}", encoding="utf-8")
 
 
-def reported(store):
+def told_of_reports(store):
     """What the doctor says about cases of public reports, acted out, and whether that is right."""
     lines, told = ["| case | report | cause | the doctor says | right |", "|---|---|---|---|---|"], []
-    for case in cases.CASES:
-        said = next(iter(store.known(case.rule, cases.Said).values()), None)
+    for case in reported.CASES:
+        said = next(iter(store.known(case.rule, reported.Said).values()), None)
         if said is None and store.closed:
             continue
         if said is None:
-            said = cases.examine(case)
+            said = reported.examine(case)
             store.keep(said)
         told.append(said)
         cells = (case.name, case.report, case.cause, said.said.replace("|", "\\|"), "no" if said.wrong else "yes")
         lines.append(f"| {' | '.join(cells)} |")
         if said.wrong:
             print(f"  {case.name}: {said.said}; expected {', '.join(case.expected) or 'silence'}", file=sys.stderr)
-    right, entries = sum(not said.wrong for said in told), len({case.name.rstrip("b") for case in cases.CASES})
+    right, entries = sum(not said.wrong for said in told), len({case.name.rstrip("b") for case in reported.CASES})
     lines += ["", f"Right in {right} of {len(told)}; they stand for {entries} entries of the collection."]
-    return lines, right == len(cases.CASES)
+    return lines, right == len(reported.CASES)
 
 
 def healthy():
@@ -284,7 +284,7 @@ def main():
         lines, sound = healthy()
         sections = {"zoo": lines}
     elif options.cases:
-        lines, sound = reported(store)
+        lines, sound = told_of_reports(store)
         sections = {"cases": lines}
     else:
         rules = [code for code in sorted(fixtures.FIXTURES) if code.startswith(tuple(options.select.split(",")))]

@@ -2,7 +2,7 @@
 
     python scripts/notebooks.py [docs/notebooks/eval_accuracy.ipynb …]
 
-Needs nbclient, nbformat and ipykernel, which are in [dev].
+Needs nbclient, nbformat and ipykernel, which are in [notebooks].
 """
 
 import sys

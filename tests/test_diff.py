@@ -193,8 +193,8 @@ def test_page_and_json(diff, tmp_path):
     text = " ".join(re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8").partition("<main>")[2]).split())
     for shown in (
         "SegNet worse Findings: 1 new, 1 gone without a pass.",
-        "new error NRM203 half-frozen encoder. bn1, encoder. bn2 5.5 pp [4.6, 6.4] The weights are frozen",
-        "gone error NRM103 stale-statistics encoder. bn1, encoder. bn2 5.5 pp [4.6, 6.4] not run: the rule did not run",
+        "new error NRM203 half-frozen encoder.bn1, encoder.bn2 5.5 pp [4.6, 6.4] The weights are frozen",
+        "gone error NRM103 stale-statistics encoder.bn1, encoder.bn2 5.5 pp [4.6, 6.4] not run: the rule did not run",
         "accuracy 71.4% [68.0, 75.0] 71.4% [68.0, 75.0]",
     ):
         assert shown in text

@@ -44,6 +44,12 @@ class SelfTestReport:
 
     Attributes:
         record: Everything as one frozen record.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> model, loader = torch.nn.BatchNorm1d(8).eval(), [torch.randn(32, 8) for _ in range(12)]
+        >>> ns.selftest(model, loader, defects=["non-finite"])["non-finite"].status
+        'seen'
     """
 
     record: SelfTest
@@ -130,6 +136,7 @@ def selftest(
         >>> import torch, normscope as ns
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
         >>> loader = [torch.randn(32, 4) for _ in range(12)]
+        >>> _ = torch.nn.init.uniform_(model[1].bias)  # as after training
         >>> _ = ns.recalibrate(model, loader, progress=False)
         >>> report = ns.selftest(model.eval(), loader, defects=["non-finite", "shifted-mean"])
         >>> report, report["shifted-mean"].seen.size < 1

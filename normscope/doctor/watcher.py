@@ -55,6 +55,15 @@ class Watcher:
     Attributes:
         percentiles: The three that are kept.
         steps: Forwards of the model in training mode so far.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4))
+        >>> watcher = ns.watch(model)
+        >>> _ = model(torch.randn(32, 4))
+        >>> watcher.stop()
+        >>> watcher.steps
+        1
     """
 
     def __init__(
