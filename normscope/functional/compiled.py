@@ -107,8 +107,8 @@ def _recipe(x: Tensor, view: View, formula: Formula, learned: bool) -> Recipe | 
     _library()
     origin = json.dumps([*view.origin, *formula])
     free, given = (
-        cpu.recipe(way, formula, fixed=fixed, correction=recipe.correction, origin=origin)
-        for way, fixed in ((layout, False), (by_memory, True))
+        cpu.recipe(loops, formula, fixed=fixed, correction=recipe.correction, origin=origin)
+        for loops, fixed in ((layout, False), (by_memory, True))
     )
     return recipe._replace(number=(free, given))
 

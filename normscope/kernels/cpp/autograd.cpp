@@ -269,10 +269,23 @@ int64_t new_door() {
   return static_cast<int64_t>(doors.size()) - 1;
 }
 
+// With the lock held.
+std::vector<Known>& behind(int64_t door) {
+  TORCH_CHECK(door >= 0 && door < static_cast<int64_t>(doors.size()), "no such door");
+  return doors[static_cast<size_t>(door)];
+}
+const Known* find_known(const std::vector<Known>& known, const Tensor& x, const Optional& weight, const Optional& bias, bool running) {
+  for (const Known& k : known)
+    if (k.dtype == x.scalar_type() && same(x.sizes(), k.x) && same(x.strides(), k.strides) && same(sizes_of(weight), k.weight) &&
+        same(sizes_of(bias), k.bias) && (k.way.tracked || k.way.given) == running)
+      return &k;
+  return nullptr;
+}
+
 void learn(int64_t door, const Tensor& x, const Optional& weight, const Optional& bias, bool tracked, bool given, int64_t recipe) {
   const std::lock_guard<std::mutex> lock(doors_mutex);
-  TORCH_CHECK(door >= 0 && door < static_cast<int64_t>(doors.size()), "no such door");
-  std::vector<Known>& known = doors[static_cast<size_t>(door)];
+  std::vector<Known>& known = behind(door);
+  if (find_known(known, x, weight, bias, tracked || given)) return;  // refused for more than its sizes: a broadcast residual
   if (known.size() >= kMostKnown) known.clear();
   known.push_back({x.sizes().vec(), x.strides().vec(), sizes_of(weight).vec(), sizes_of(bias).vec(), x.scalar_type(),
                    {recipe, tracked, given}});
@@ -286,12 +299,8 @@ bool buffer(const Optional& t, int64_t count) {
 
 std::optional<Way> way_of(int64_t door, const Tensor& x, const Optional& weight, const Optional& bias, bool running) {
   const std::lock_guard<std::mutex> lock(doors_mutex);
-  TORCH_CHECK(door >= 0 && door < static_cast<int64_t>(doors.size()), "no such door");
-  for (const Known& k : doors[static_cast<size_t>(door)])
-    if (k.dtype == x.scalar_type() && same(x.sizes(), k.x) && same(x.strides(), k.strides) && same(sizes_of(weight), k.weight) &&
-        same(sizes_of(bias), k.bias) && (k.way.tracked || k.way.given) == running)
-      return k.way;
-  return std::nullopt;
+  const Known* known = find_known(behind(door), x, weight, bias, running);
+  return known ? std::optional<Way>(known->way) : std::nullopt;
 }
 
 // y, or nothing where Python has to look first.
