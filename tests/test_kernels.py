@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import normscope as ns
 from normscope import oracle
-from normscope.functional import view
+from normscope.functional import shortcut, view
 from normscope.kernels import cpu
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=f"no compiled kernels here: {cpu.missing()}")
@@ -147,6 +147,7 @@ def steps(request, monkeypatch):
         monkeypatch.setattr(cpu, "autograd_missing", lambda: "switched off by a test")
     elif (reason := cpu.autograd_missing()) is not None:
         pytest.skip(reason)
+    monkeypatch.setattr(shortcut, "_doors", {})
     view._kept.cache_clear()
     yield request.param
     view._kept.cache_clear()

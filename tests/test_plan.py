@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import normscope as ns
-from normscope.functional import autograd
+from normscope.functional import autograd, shortcut
 from normscope.kernels import cpu, eager
 
 
@@ -44,6 +44,7 @@ def traffic(shape, scope, **sizes):
 @pytest.fixture
 def eager_only(monkeypatch):
     monkeypatch.setattr(cpu, "missing", lambda: "switched off by a test")
+    monkeypatch.setattr(shortcut, "_doors", {})  # where earlier tests have left the compiled way
     monkeypatch.setattr(autograd, "is_plain", lambda: True)  # though a mode counts the operators
 
 

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from torch_cases import eps_of, largest, random_like, randomized
 
 import normscope as ns
+from normscope.functional import graph
+from normscope.kernels import cpu
 
 # Torch compiles some of its own forward-mode formulas with torch.jit.script when the first dual tensor is made.
 TORCH_SCRIPTS = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -119,8 +121,13 @@ def assert_same(mine: dict[str, Tensor], expected: dict[str, Tensor], ulp: float
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
+@pytest.fixture(params=["torch's operators", "the kernels' operators"])
+def fresh_compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A compiler that knows nothing yet; small tensors are normalized by torch's operators, then by the kernels."""
+    if "kernels" in request.param:
+        if (reason := cpu.missing()) is not None:
+            pytest.skip(reason)
+        monkeypatch.setattr(graph, "LEAST_CELLS", 1)
     torch.compiler.reset()
     yield
     torch.compiler.reset()
@@ -185,6 +192,44 @@ def test_compile_functions_in_bfloat16_and_channels_last(function: str) -> None:
     # bfloat16 is rounded once, from float32 results that may differ in the last bits
     torch.testing.assert_close(compiled, eager, rtol=0, atol=eps_of(torch.bfloat16) * largest(eager))
     assert compiled.stride() == eager.stride()
+
+
+NODES = {
+    "sets in another order than the axes": lambda x: ns.normalize(x, "[n] c h w", activation="gelu"),
+    "given moments": lambda x: ns.normalize(x, "[n] c [h w]", moments=(x[0, :, 0, 0] * 0 + 1, x[0, :, 0, 0] * 0 + 2)),
+    "too ragged a scope": lambda x: ns.normalize(x.reshape(3, 2, 2, 2, 2, 2, 2), "[a] b [c] d [e] f [g]"),
+    "not dense": lambda x: ns.functional.group_norm(x[:, :, ::2], 2, activation="relu"),
+    "parameters in another order": lambda x: ns.normalize(
+        x, "[n] c h [w]", weight=x[0, :, :, 0].T * 2, bias=x[1, :, :, 1].T, params="h c", residual=x, activation="relu"
+    ),
+    "a mask": lambda x: ns.normalize(x, "n (g [c]) [h w]", g=2, mask=x[:, :1] > 0, residual=x * 2, activation="silu"),
+}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", NODES)
+def test_compile_what_the_kernels_see_otherwise(name: str, layout: torch.memory_format) -> None:
+    inputs = [data(3, 4, 4, 4, seed=5).contiguous(memory_format=layout).requires_grad_() for _ in range(2)]
+    calls = NODES[name], torch.compile(NODES[name], backend="aot_eager", fullgraph=True)
+    expected, y = (call(x) for call, x in zip(calls, inputs, strict=True))
+    assert y.stride() == expected.stride()
+    found = [
+        torch.autograd.grad(t, x, random_like(t.detach(), 3))[0] for t, x in zip((expected, y), inputs, strict=True)
+    ]
+    for one, other in ((expected, y), found):
+        # Sums of 48 cells at most, in another order.
+        torch.testing.assert_close(one, other, rtol=0, atol=100 * eps_of(torch.float32) * largest(one))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_functions_under_functorch_take_torchs_operators() -> None:
+    def per_sample(w: Tensor, x: Tensor) -> Tensor:
+        loss = lambda w, x: ns.functional.layer_norm(x, (4,), w).square().sum()  # noqa: E731
+        return vmap(grad(loss), in_dims=(None, 0))(w, x)
+
+    w, x = data(4), data(3, 5, 4, seed=1)
+    torch.testing.assert_close(torch.compile(per_sample, backend="aot_eager", fullgraph=True)(w, x), per_sample(w, x))
 
 
 @TORCH_INDUCTOR

@@ -22,7 +22,7 @@ from normscope.functional.view import View, view_of
 from normscope.kernels import cpu
 from normscope.kernels.formula import Formula
 
-__all__ = ["Recipe", "layout_of", "normalize", "recipe_of"]
+__all__ = ["Recipe", "Saved", "backward", "forward", "layout_of", "normalize", "recipe_of"]
 
 _UNTRACKED = Running(None, None, 0.0)
 _KEPT = 64  # recipes per view; a view is one shape, so more means strides that never come back
@@ -48,6 +48,12 @@ class Recipe(NamedTuple):
     def ordered(self, t: Tensor | None) -> Tensor | None:
         """A weight or bias in the order in which the loops meet its numbers; differentiable."""
         return t if t is None or self.natural else cpu.flat(self.view.param(t), self.view.sizes, self.layout.params)
+
+    def disordered(self, t: Tensor | None) -> Tensor | None:
+        """The other way: numbers in the order of the loops → the params' shape."""
+        if t is None or self.natural:
+            return t
+        return self.view.fold_param(cpu.unflat(t, self.view.sizes, self.layout.params))
 
     def given(self, t: Tensor) -> Tensor:
         """A given mean or variance, one number per set in the order of the loops."""
@@ -153,14 +159,14 @@ def normalize(
     if torch.is_grad_enabled():
         y, statistics = _Compiled.apply(recipe, x, weight, bias, residual, mean, var, mask)  # type: ignore[no-untyped-call]
     else:
-        y, statistics = _forward(recipe, x, weight, bias, residual, mean, var, mask)
+        y, statistics = forward(recipe, x, weight, bias, residual, mean, var, mask)
     if running is not None:
         buffers = running.mean, running.var
         cpu.update(statistics, *buffers, running.momentum, recipe.correction, statistics_policy.SKIP_NONFINITE)  # type: ignore[arg-type]
     return y, statistics
 
 
-def _forward(
+def forward(
     recipe: Recipe,
     x: Tensor,
     weight: Tensor | None,
@@ -170,11 +176,12 @@ def _forward(
     var: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """y and the statistics, with no gradient; parameters and moments in the order of the loops."""
     weight, bias, mean, var = (_numbers(t) for t in (weight, bias, mean, var))
     return cpu.forward(x, recipe.layout, recipe.formula, weight, bias, _like(residual, x), mask, mean, var)
 
 
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     """What the node of a normalization keeps; `cpp/autograd.cpp` has the same list."""
 
     x: Tensor
@@ -184,6 +191,33 @@ class _Saved(NamedTuple):
     mask: Tensor | None
     y: Tensor | None
     statistics: Tensor
+
+    @staticmethod
+    def needed(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mask: Tensor | None, y: Tensor,
+        statistics: Tensor, activation: str | None,
+    ) -> Saved:  # fmt: skip
+        """A residual serves only to compute z again; for the gate of a ReLU y does, which the next layer keeps anyway.
+
+        (float16 has one kind of loop for all activations, which reads z.)
+        """
+        gated = residual is not None and activation == "relu" and x.dtype != torch.float16
+        kept = residual if activation is not None and not gated else None
+        return Saved(x, weight, bias, kept, mask, y if gated else None, statistics)
+
+
+def backward(recipe: Recipe, gy: Tensor, saved: Saved, fixed: bool, needs: Sequence[bool]) -> cpu.Gradients:
+    """The gradients of x, weight, bias and residual as far as they are needed, with no gradient of their own."""
+    x, weight, bias, residual, mask, y, statistics = saved
+    g = cpu.backward(
+        _like(gy, x), x, recipe.layout, recipe.formula, _numbers(weight), _numbers(bias), _like(residual, x), y, mask,
+        statistics, fixed=fixed, needs_x=needs[0], needs_params=needs[1] or needs[2], needs_residual=needs[3],
+    )  # fmt: skip
+    dweight, dbias = (
+        None if t is None or d is None or not needed else d.view(t.shape).to(t.dtype)
+        for d, t, needed in ((g.weight, weight, needs[1]), (g.bias, bias, needs[2]))
+    )
+    return cpu.Gradients(g.x, dweight, dbias, g.residual)
 
 
 class _Compiled(torch.autograd.Function):
@@ -201,13 +235,10 @@ class _Compiled(torch.autograd.Function):
         var: Tensor | None,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        y, statistics = _forward(recipe, x, weight, bias, residual, mean, var, mask)
-        # A residual serves only to compute z again; for the gate of a ReLU y does, which the next layer keeps anyway.
-        # (float16 has one kind of loop for all activations, which reads z.)
-        gated = residual is not None and recipe.formula.activation == "relu" and x.dtype != torch.float16
-        kept = residual if recipe.formula.activation is not None and not gated else None
+        y, statistics = forward(recipe, x, weight, bias, residual, mean, var, mask)
+        saved = Saved.needed(x, weight, bias, residual, mask, y, statistics, recipe.formula.activation)
         ctx.recipe, ctx.fixed = recipe, mean is not None
-        ctx.save_for_backward(*_Saved(x, weight, bias, kept, mask, y if gated else None, statistics))
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(statistics)
         return y, statistics
@@ -217,25 +248,14 @@ class _Compiled(torch.autograd.Function):
         gy = grads[0]
         if gy is None:
             return (None,) * 8
-        saved, needs = _Saved(*ctx.saved_tensors), ctx.needs_input_grad[1:5]  # unpacked once: checkpoints allow no more
+        saved, needs = Saved(*ctx.saved_tensors), ctx.needs_input_grad[1:5]  # unpacked once: checkpoints allow no more
         if torch.is_grad_enabled():  # under create_graph the gradient itself must be differentiable
             return None, *_differentiable(ctx.recipe, gy, saved, ctx.fixed, needs), None, None, None
-        needs_x, needs_weight, needs_bias, needs_residual = needs
-        x, weight, bias, residual, mask, y, statistics = saved
-        g = cpu.backward(
-            _like(gy, x), x, ctx.recipe.layout, ctx.recipe.formula, _numbers(weight), _numbers(bias),
-            _like(residual, x), y, mask, statistics, fixed=ctx.fixed, needs_x=needs_x,
-            needs_params=needs_weight or needs_bias, needs_residual=needs_residual,
-        )  # fmt: skip
-        params = [
-            None if t is None or d is None else d.view(t.shape).to(t.dtype)
-            for d, t in ((g.weight, weight), (g.bias, bias))
-        ]
-        return None, g.x, *params, g.residual, None, None, None
+        return None, *backward(ctx.recipe, gy, saved, ctx.fixed, needs), None, None, None
 
 
 def _differentiable(
-    recipe: Recipe, gy: Tensor, saved: _Saved, fixed: bool, needs: Sequence[bool]
+    recipe: Recipe, gy: Tensor, saved: Saved, fixed: bool, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients of x, weight, bias and residual as functions of x and gy, in torch operators."""
     view, formula, order = recipe.view, recipe.formula, recipe.layout.params
@@ -273,7 +293,7 @@ def _library() -> torch.library.Library:
 
 def _gradients(gy: Tensor, *rest: Any) -> list[Tensor | None]:
     *tensors, origin, fixed, needs = rest
-    saved = _Saved(*tensors)
+    saved = Saved(*tensors)
     pattern, sizes, params, inside, *switches = json.loads(origin)
     view = view_of(saved.x, pattern, dict(sizes), params)
     learned = saved.weight is not None or saved.bias is not None

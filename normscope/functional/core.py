@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from normscope.errors import ArgumentError, DegenerateScopeError, DtypeError
-from normscope.functional import compiled, shortcut
+from normscope.functional import compiled, graph, shortcut
 from normscope.functional.autograd import Operands, is_plain, normalize_parts
 from normscope.functional.running import Running, update_running
 from normscope.functional.view import View, scope_of, view_of
@@ -122,6 +122,10 @@ def apply(
         done = Normalized(y, view, recipe, statistics)
         if way is not None and mask is None and (running is None or moved is not None):
             shortcut.learn(way, recipe, x, weight, bias, moved, mean)
+    elif graph.serves(x, mean, var):
+        moved = None
+        y, mean, var = graph.normalize(view, formula, x, weight, bias, residual, mean, var, mask, running is not None)
+        done = Normalized(y, view, None, (mean, var))
     else:
         moved = None
         y, mean, var = normalize_parts(Operands.seen(view, x, weight, bias, residual, mean, var, mask), formula)

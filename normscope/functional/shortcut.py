@@ -20,7 +20,7 @@ from normscope.kernels import cpu
 __all__ = ["enter", "learn"]
 
 _MOST = 1024  # doors; more means arguments that never come back
-_doors: dict[Hashable, int] = {}
+_doors: dict[Hashable, cpu.Door] = {}
 
 
 def enter(
@@ -45,12 +45,12 @@ def enter(
         var: Running variance.
         momentum: Weight of the batch in these.
     """
-    if not is_plain() or cpu.autograd_missing() is not None:
+    if not is_plain():
         return None
     door = _doors.get(way)
     if door is None or type(momentum) is not float:
         return None
-    return cpu.enter(door, x, weight, bias, residual, mean, var, momentum, statistics_policy.SKIP_NONFINITE)
+    return door.enter(x, weight, bias, residual, mean, var, momentum, statistics_policy.SKIP_NONFINITE)
 
 
 def learn(
@@ -79,4 +79,4 @@ def learn(
         if len(_doors) >= _MOST:
             return
         _doors[way] = cpu.door()
-    cpu.learn(_doors[way], x, weight, bias, running is not None, given is not None, recipe.number[given is not None])
+    _doors[way].learn(x, weight, bias, running is not None, given is not None, recipe.number[given is not None])

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from normscope.errors import ArgumentError, ShapeError
 from normscope.functional import shortcut
+from normscope.functional.autograd import is_plain
 from normscope.functional.core import View, apply, check_dtype, view_of
 from normscope.functional.running import Running
 from normscope.kernels import COMPUTE_DTYPE
@@ -18,6 +19,8 @@ from normscope.kernels.formula import Formula
 from normscope.scope import SCOPES
 
 __all__ = ["add_norm", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def batch_norm(
@@ -202,7 +205,6 @@ def layer_norm(
             layer_norm, tensors, input, normalized_shape, weight=weight, bias=bias, eps=eps, activation=activation,
             residual=residual, mask=mask,
         )  # fmt: skip
-    check_dtype(input, "LayerNormKernelImpl")
     return _trailing(
         input, normalized_shape, weight, bias, eps, True, activation, residual, mask, "expected input with shape [*, "
     )
@@ -396,9 +398,12 @@ def _trailing(
     mask: Tensor | None,
     expected: str,
 ) -> Tensor:
+    if not x.is_contiguous():
+        x = _in_format(x)
     way = (_trailing, tuple(normalized_shape), eps, center, activation)
     if mask is None and (y := shortcut.enter(way, x, weight, bias, residual)) is not None:
         return y
+    check_dtype(x, "LayerNormKernelImpl")
     sizes = list(normalized_shape)
     if not sizes:
         raise ShapeError(
@@ -428,6 +433,18 @@ def _trailing(
     formula = Formula(view.inside, eps, center, activation=activation)
     keep = view.mask(mask, view.params)
     return apply(x, view, formula, weight=weight, bias=bias, residual=residual, mask=keep, way=way).y
+
+
+def _in_format(x: Tensor) -> Tensor:
+    """x where it lies in torch's other memory format, else a contiguous copy.
+
+    Behind the norm of a permuted map stands a Linear, which would copy the result every time; so torch copies x.
+    """
+    if not (torch.compiler.is_compiling() or is_plain()):  # transformations and tracers cannot tell how x lies
+        return x
+    if x.dim() in _FORMATS and x.is_contiguous(memory_format=_FORMATS[x.dim()]):
+        return x
+    return x.contiguous()
 
 
 def _with_running(

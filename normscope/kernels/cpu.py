@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,16 +21,15 @@ from normscope.kernels.formula import Formula
 __all__ = [
     "DTYPES",
     "FUSED",
+    "Door",
     "Layout",
     "autograd_missing",
     "backward",
     "door",
-    "enter",
     "flat",
     "forward",
     "isa",
     "layout_of",
-    "learn",
     "missing",
     "normalize",
     "passes",
@@ -260,35 +259,27 @@ def normalize(
     return result
 
 
-def door() -> int:
-    """A place where `learn` puts what calls of one kind have led to, and `enter` finds it."""
-    number: int = torch.ops.normscope.door()
-    return number
+class Door(NamedTuple):
+    """Where calls of one kind leave what they have led to, and the next ones enter.
+
+    Attributes:
+        learn: (x, weight, bias, tracked, given, number): remember the recipe for these sizes, strides and dtype, and
+            what becomes of running statistics.
+        enter: (x, weight, bias, residual, running_mean, running_var, momentum, skip_nonfinite): y by what was learned,
+            or None.
+    """
+
+    learn: Callable[[Tensor, Tensor | None, Tensor | None, bool, bool, int], None]
+    enter: Callable[
+        [Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, bool], Tensor | None
+    ]
 
 
-def learn(
-    door: int, x: Tensor, weight: Tensor | None, bias: Tensor | None, tracked: bool, given: bool, number: int
-) -> None:
-    """Remember the recipe for these sizes, strides and dtype, and what becomes of running statistics."""
-    torch.ops.normscope.learn(door, x, weight, bias, tracked, given, number)
-
-
-def enter(
-    door: int,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    skip_nonfinite: bool,
-) -> Tensor | None:
-    """y by what was learned behind a door, or None."""
-    y: Tensor | None = torch.ops.normscope.enter.default(
-        door, x, weight, bias, residual, running_mean, running_var, momentum, skip_nonfinite
-    )
-    return y
+def door() -> Door:
+    """A new one."""
+    operators = torch.ops.normscope
+    number = operators.door()
+    return Door(partial(operators.learn.default, number), partial(operators.enter.default, number))
 
 
 class Gradients(NamedTuple):

@@ -125,7 +125,7 @@ class DrawnInOrder(TorchFunctionMode):
     """Draws random numbers in the order of a tensor's cells.
 
     torch draws them in the order of memory, and an edit may change the strides of what a layer returns: torch's
-    LayerNorm of a transposed tensor is contiguous, this package's keeps the strides.
+    LayerNorm of a channels_last tensor is contiguous, this package's is channels_last.
     """
 
     def __torch_function__(

@@ -336,11 +336,11 @@ void backward_across(const Backward& f) {
     const float *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
     if (row) {
       const W weight = step(f.weight ? f.weight[base + param] : 1.f), bias = step(f.bias ? f.bias[base + param] : 0.f);
-      body([=](int64_t i, const W& x) __attribute__((always_inline)) {
+      body([=](int, int64_t i, const W& x) __attribute__((always_inline)) {
         return ((x - get(high + i)) * get(factor + i) + get(shift + i)) * weight + bias;
       });
     } else {
-      body([=](int64_t i, const W& x) __attribute__((always_inline)) { return (x - get(high + i)) * get(factor + i) + get(shift + i); });
+      body([=](int, int64_t i, const W& x) __attribute__((always_inline)) { return (x - get(high + i)) * get(factor + i) + get(shift + i); });
     }
   };
   auto prepare = [&](int64_t u) { fill_columns(f, a, u, columns); };

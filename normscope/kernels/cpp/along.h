@@ -30,7 +30,7 @@ struct RunParams {
   Buffer<float> weight, bias;
   RunParams(const Plan& p, const float* w, const float* b, bool on) : length(p.length), pitch(padded(length)) {
     if (!on) return;
-    const int64_t runs = p.param_count() / length;
+    const int64_t runs = std::max<int64_t>(1, p.param_count() / length);  // one of ones where there are no parameters
     weight = zeros<float>(runs * pitch);
     bias = zeros<float>(runs * pitch);
     for (int64_t r = 0; r < runs; ++r)
@@ -46,9 +46,9 @@ struct RunParams {
 // Σ(x − shift), Σ(x − shift)² of a run, in two levels: where the data lie on a grid, the roundings of one long float sum
 // all point the same way (2.6e-7 of the variance after 64 terms); after 8 terms and 8 sums they do not show.
 template <class T>
-Sums run_squares(const T* x, const uint8_t* mask, int64_t n, float shift) {
+NORMSCOPE_INLINE void run_squares(const T* x, const uint8_t* mask, int64_t n, float shift, W& first, W& second) {
   const W s = step(shift);
-  W first = step(0), second = step(0), a, b;
+  W a, b;
   auto add = [&](int64_t i, auto cells) __attribute__((always_inline)) {
     W d = cells.keep(cells.load(x + i) - s);
     if (mask) d = d & cells.mask(mask + i);
@@ -56,6 +56,7 @@ Sums run_squares(const T* x, const uint8_t* mask, int64_t n, float shift) {
     b += d * d;
   };
   int64_t i = 0;
+  first = second = step(0);
   for (; i + 8 * kStep <= n; i += 8 * kStep) {
     a = b = step(0);
     for (int u = 0; u < 8; ++u) add(i + u * kStep, Whole<T>{});
@@ -67,6 +68,11 @@ Sums run_squares(const T* x, const uint8_t* mask, int64_t n, float shift) {
   if (i < n) add(i, Rest<T>{static_cast<int>(n - i)});
   first += a;
   second += b;
+}
+template <class T>
+Sums run_squares(const T* x, const uint8_t* mask, int64_t n, float shift) {
+  W first, second;
+  run_squares(x, mask, n, shift, first, second);
   int64_t count = n;
   if (mask) {
     count = 0;
@@ -230,9 +236,9 @@ void backward_along(const Backward& f) {
     const W high = step(l.high), factor = step(l.factor), shift = step(l.shift);
     if (inner && (f.weight || f.bias)) {
       const float *weight = params.weight.get() + params.place(at) + j, *bias = params.bias.get() + params.place(at) + j;
-      body([=](int64_t i, const W& x) __attribute__((always_inline)) { return ((x - high) * factor + shift) * get(weight + i) + get(bias + i); });
+      body([=](int, int64_t i, const W& x) __attribute__((always_inline)) { return ((x - high) * factor + shift) * get(weight + i) + get(bias + i); });
     } else {
-      body([=](int64_t, const W& x) __attribute__((always_inline)) { return (x - high) * factor + shift; });
+      body([=](int, int64_t, const W& x) __attribute__((always_inline)) { return (x - high) * factor + shift; });
     }
   };
   auto finish = [&](int64_t begin, int64_t end) {

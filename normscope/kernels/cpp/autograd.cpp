@@ -3,11 +3,14 @@
 // PyTorch's stable ABI has no autograd, so this object, unlike the kernels, is built for one version of torch and is
 // loaded by no other; without it the same steps are taken in Python (functional/compiled.py).
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -26,7 +29,7 @@ namespace {
 
 using at::Tensor;
 using Optional = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 template <class Signature>
@@ -39,6 +42,10 @@ Optional as_numbers(const Optional& t) {
   if (!t) return t;
   return t->to(at::kFloat).contiguous();
 }
+
+// Past the dispatcher: x is dense, and nothing watches.
+Tensor fresh(const Tensor& x) { return at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.options()); }
+Tensor fresh_numbers(at::IntArrayRef sizes) { return at::detail::empty_cpu(sizes, at::TensorOptions(at::kFloat)); }
 
 // With x's dtype and strides.
 Tensor like(const Tensor& t, const Tensor& x) {
@@ -110,7 +117,7 @@ void common(Pass& pass, const Recipe& recipe, const Tensor& x) {
 std::pair<Tensor, Tensor> normalize(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& residual,
                                     const Optional& mask, const Optional& mean, const Optional& var, const Recipe& recipe) {
   at::AutoDispatchBelowADInplaceOrView below;
-  Tensor y = at::empty_like(x), statistics = at::empty({5, recipe.sets}, x.options().dtype(at::kFloat));
+  Tensor y = fresh(x), statistics = fresh_numbers({5, recipe.sets});
   const Optional w = as_numbers(weight), b = as_numbers(bias), m = as_numbers(mean), v = as_numbers(var), r = like(residual, x);
   Forward f;
   common(f, recipe, x);
@@ -131,66 +138,82 @@ std::pair<Tensor, Tensor> normalize(const Tensor& x, const Optional& weight, con
 
 constexpr int64_t kFixed = 4, kRelu = 1;
 
-// Which tensors the node keeps, in the order in which they are saved.
+// Which tensors the node keeps.
 enum Saved { kX, kWeight, kBias, kResidual, kMask, kY, kStatistics, kSavedCount };
+// Whose gradients it computes, the edges of its graph.
+constexpr size_t kEdges = 4;
 
-class Normalize : public torch::autograd::Function<Normalize> {
+// Nodes count their references themselves from some version of torch on.
+template <class Node>
+auto made() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Node>) return c10::make_intrusive<Node>();
+  else return std::shared_ptr<Node>(new Node, [](Node* node) { deleteNode(node); });
+}
+
+class Normalize : public torch::autograd::Node {
  public:
-  static variable_list forward(AutogradContext* context, const Tensor& x, const Optional& weight, const Optional& bias,
-                               const Optional& residual, const Optional& mask, const Optional& mean, const Optional& var,
-                               int64_t number, Tensor* statistics_out) {
-    const Recipe& recipe = recipe_of(number);
-    const auto [y, statistics] = normalize(x, weight, bias, residual, mask, mean, var, recipe);
-    *statistics_out = statistics;  // not an output of the node: it has no gradient
+  // The node behind y; torch's own node, not its `Function`, which costs 8 us more in a small layer.
+  static void follow(Tensor& y, const Tensor& x, const Optional& weight, const Optional& bias, const Optional& residual,
+                     const Optional& mask, const Tensor& statistics, const Recipe& recipe) {
+    auto node = made<Normalize>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias, residual));
+    node->recipe_ = &recipe;
+    torch::autograd::set_history(y, node);
+    auto keep = [&](Saved place, const Tensor& t) { node->saved_[place] = SavedVariable(t, place == kY); };
+    keep(kX, x), keep(kStatistics, statistics);
+    if (weight) keep(kWeight, *weight);
+    if (bias) keep(kBias, *bias);
+    if (mask) keep(kMask, *mask);
     // A residual serves only to compute z again; for the gate of a ReLU y does, which the next layer keeps anyway.
     // (float16 has one kind of loop for all activations, which reads z.)
     const int64_t activation = recipe.flags >> 3;
-    const bool gated = residual && activation == kRelu && x.scalar_type() != at::kHalf;
-    variable_list saved(kSavedCount);
-    saved[kX] = x, saved[kWeight] = weight.value_or(Tensor()), saved[kBias] = bias.value_or(Tensor());
-    if (residual && activation && !gated) saved[kResidual] = *residual;
-    if (gated) saved[kY] = y;
-    saved[kMask] = mask.value_or(Tensor()), saved[kStatistics] = statistics;
-    context->save_for_backward(std::move(saved));
-    context->set_materialize_grads(false);
-    context->saved_data["call"] = 2 * number + residual.has_value();  // one entry: each is an allocation
-    return {y};
+    if (residual && activation == kRelu && x.scalar_type() != at::kHalf) keep(kY, y);
+    else if (residual && activation) keep(kResidual, *residual);
   }
 
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    variable_list found(9);  // one per argument of forward
+  std::string name() const override { return "NormalizeBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& t : saved_) t.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list found(kEdges);
     if (!grads[0].defined()) return found;
-    const variable_list saved = context->get_saved_variables();  // once: checkpoints allow no more
-    const bool has_weight = saved[kWeight].defined(), has_bias = saved[kBias].defined();
-    size_t edge = 0;
-    const bool x = context->needs_input_grad(edge++);
-    const bool weight = has_weight && context->needs_input_grad(edge++);
-    const bool bias = has_bias && context->needs_input_grad(edge++);
-    const int64_t call = context->saved_data["call"].toInt();
-    const bool residual = call % 2 && context->needs_input_grad(edge++);
-    const std::array<bool, 4> needs = {x, weight, bias, residual};
-    const Recipe& recipe = recipe_of(call / 2);
+    Tensors saved;  // unpacked once: checkpoints allow no more
+    for (size_t i = 0; i < kSavedCount; ++i) saved[i] = saved_[i].unpack(i == kY ? getptr() : nullptr);
+    std::array<bool, kEdges> needs;
+    for (size_t i = 0; i < kEdges; ++i) needs[i] = task_should_compute_output(i);
     if (at::GradMode::is_enabled())  // under create_graph the gradient itself must be differentiable
-      differentiable(grads[0], saved, recipe, needs, found);
+      differentiable(grads[0], saved, *recipe_, needs, found);
     else
-      compute(grads[0], saved, recipe, needs, found);
+      compute(grads[0], saved, *recipe_, needs, found);
     return found;
   }
 
  private:
-  static Optional given(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
+  using Tensors = std::array<Tensor, kSavedCount>;
+  std::array<SavedVariable, kSavedCount> saved_;
+  const Recipe* recipe_ = nullptr;
 
-  static void compute(const Tensor& gy, const variable_list& saved, const Recipe& recipe, const std::array<bool, 4>& needs,
+  static Optional given(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
+  static Tensor as(const Tensor& numbers, const Tensor& t) {
+    return numbers.scalar_type() == t.scalar_type() && numbers.sizes() == t.sizes() ? numbers : numbers.view(t.sizes()).to(t.scalar_type());
+  }
+
+  static void compute(const Tensor& gy, const Tensors& saved, const Recipe& recipe, const std::array<bool, kEdges>& needs,
                       variable_list& found) {
     at::AutoDispatchBelowADInplaceOrView below;
     const Tensor& x = saved[kX];
     const Optional weight = as_numbers(given(saved[kWeight])), bias = as_numbers(given(saved[kBias]));
     const Optional residual = like(given(saved[kResidual]), x), g = like(gy, x);
     Optional dx, dresidual, dweight, dbias;
-    if (needs[0]) dx = at::empty_like(x);
-    if (needs[3]) dresidual = at::empty_like(x);
-    if ((needs[1] || needs[2]) && weight) dweight = at::empty_like(*weight);
-    if ((needs[1] || needs[2]) && bias) dbias = at::empty_like(*bias);
+    if (needs[0]) dx = fresh(x);
+    if (needs[3]) dresidual = fresh(x);
+    if ((needs[1] || needs[2]) && weight) dweight = fresh_numbers(weight->sizes());
+    if ((needs[1] || needs[2]) && bias) dbias = fresh_numbers(bias->sizes());
     Backward f;
     common(f, recipe, x);
     const int64_t sets = recipe.sets, count = f.plan.param_count();
@@ -201,18 +224,18 @@ class Normalize : public torch::autograd::Function<Normalize> {
     f.dweight = numbers(dweight, count), f.dbias = numbers(dbias, count);
     f.high = s, f.low = s + sets, f.rstd = s + 3 * sets, f.count = s + 4 * sets, f.fixed = recipe.flags & kFixed;
     kernels().backward[dtype_of(x)](f);
-    if (dx) found[0] = *dx;
-    if (needs[1]) found[1] = dweight->view(saved[kWeight].sizes()).to(saved[kWeight].scalar_type());
-    if (needs[2]) found[2] = dbias->view(saved[kBias].sizes()).to(saved[kBias].scalar_type());
-    if (dresidual) found[3] = *dresidual;
+    if (dx) found[0] = std::move(*dx);
+    if (needs[1]) found[1] = as(*dweight, saved[kWeight]);
+    if (needs[2]) found[2] = as(*dbias, saved[kBias]);
+    if (dresidual) found[3] = std::move(*dresidual);
   }
 
   // In Python, with torch operators.
-  static void differentiable(const Tensor& gy, const variable_list& saved, const Recipe& recipe,
-                             const std::array<bool, 4>& needs, variable_list& found) {
+  static void differentiable(const Tensor& gy, const Tensors& saved, const Recipe& recipe,
+                             const std::array<bool, kEdges>& needs, variable_list& found) {
     static const auto python = find<std::vector<Tensor>(const Tensor&, const Tensor&, const Optional&, const Optional&,
                                                         const Optional&, const Optional&, const Optional&, const Tensor&,
-                                                        c10::string_view, bool, std::array<bool, 4>)>("normscope::gradients");
+                                                        c10::string_view, bool, std::array<bool, kEdges>)>("normscope::gradients");
     const std::vector<Tensor> all =
         python.call(gy, saved[kX], given(saved[kWeight]), given(saved[kBias]), given(saved[kResidual]), given(saved[kMask]),
                     given(saved[kY]), saved[kStatistics], recipe.origin, (recipe.flags & kFixed) != 0, needs);
@@ -226,12 +249,9 @@ std::tuple<Tensor, Tensor> normalize_and_track(const Tensor& x, const Optional& 
                                                const Optional& var, const Optional& running_mean, const Optional& running_var,
                                                double momentum, bool skip_nonfinite, int64_t number) {
   const Recipe& recipe = recipe_of(number);
-  Tensor y, statistics;
-  if (at::GradMode::is_enabled()) {
-    y = Normalize::apply(x, weight, bias, residual, mask, mean, var, number, &statistics)[0];
-  } else {
-    std::tie(y, statistics) = normalize(x, weight, bias, residual, mask, mean, var, recipe);
-  }
+  auto [y, statistics] = normalize(x, weight, bias, residual, mask, mean, var, recipe);
+  if (torch::autograd::compute_requires_grad(x, weight, bias, residual))
+    Normalize::follow(y, x, weight, bias, residual, mask, statistics, recipe);
   if (running_mean && running_var) {
     move(numbers(statistics, 5 * recipe.sets), numbers(running_mean, recipe.sets), numbers(running_var, recipe.sets),
          recipe.sets, momentum, recipe.correction, skip_nonfinite);

@@ -27,15 +27,16 @@ namespace {
 #include "sums.h"
 #include "along.h"
 #include "across.h"
+#include "rows.h"
 
 template <class T>
 void forward(const Forward& f) {
-  f.plan.across ? forward_across<T>(f) : forward_along<T>(f);
+  f.plan.across ? forward_across<T>(f) : !f.given && by_rows(f) ? forward_rows<T>(f) : forward_along<T>(f);
 }
 
 template <class T>
 void backward(const Backward& f) {
-  f.plan.across ? backward_across<T>(f) : backward_along<T>(f);
+  f.plan.across ? backward_across<T>(f) : by_rows(f) ? backward_rows<T>(f) : backward_along<T>(f);
 }
 
 }  // namespace

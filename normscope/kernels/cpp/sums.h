@@ -268,15 +268,15 @@ NORMSCOPE_INLINE void write_run(const Forward& f, const ForwardTensors<T>& t, in
 }
 
 // x and the gradient of z of some runs side by side, step by step: each(first cell, cells, visit), where visit(row, body) calls
-// body(x, g).
+// body(x, g); z_of(row, first cell, x) is z but for the residual.
 template <Act act, int rows, class T, class Z, class Each>
 NORMSCOPE_INLINE void read_runs(const Backward& f, const BackwardTensors<T>& t, const int64_t* offsets, int64_t n, Z&& z_of, Each&& each_step) {
   const T *x = t.x, *gy = t.gy, *residual = t.residual, *y = t.y;
   const uint8_t* mask = t.mask;
   // A masked cell may hold anything; 0·NaN is NaN, so both factors are cleared.
   auto masked = [&](int64_t at, auto cells, W v) __attribute__((always_inline)) { return mask ? v & cells.mask(mask + at) : v; };
-  auto z_at = [&](int64_t at, int64_t i, auto cells, W v) __attribute__((always_inline)) {
-    W z = z_of(i, v);
+  auto z_at = [&](int r, int64_t at, int64_t i, auto cells, W v) __attribute__((always_inline)) {
+    W z = z_of(r, i, v);
     if (residual) z += masked(at, cells, cells.load(residual + at));
     return z;
   };
@@ -285,7 +285,7 @@ NORMSCOPE_INLINE void read_runs(const Backward& f, const BackwardTensors<T>& t, 
     for (int r = 0; r < rows; ++r) {
       steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
         const int64_t at = offsets[r] + i;
-        put(z + i, z_at(at, i, cells, masked(at, cells, cells.load(x + at))));
+        put(z + i, z_at(r, at, i, cells, masked(at, cells, cells.load(x + at))));
         put(g[r] + i, masked(at, cells, cells.load(gy + at)));
       });
       kActivations[f.activation].chain(z, g[r], padded(n));
@@ -301,7 +301,7 @@ NORMSCOPE_INLINE void read_runs(const Backward& f, const BackwardTensors<T>& t, 
         const int64_t at = offsets[r] + i;
         const W v = masked(at, cells, cells.load(x + at));
         W g = masked(at, cells, cells.load(gy + at));
-        if constexpr (act == Act::relu) g = gate(g, y ? cells.load(y + at) : z_at(at, i, cells, v));
+        if constexpr (act == Act::relu) g = gate(g, y ? cells.load(y + at) : z_at(r, at, i, cells, v));
         body(v, g);
       });
     });

@@ -100,6 +100,15 @@ NORMSCOPE_INLINE double sum(const W& w) {
   const Doubles d = __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
   return folded<double, kLanes / 2>((const double*)&d);
 }
+NORMSCOPE_INLINE void put_quarter(float* p, const W& w) {  // four numbers of the same sum
+  typedef float Quarter __attribute__((vector_size(16)));
+  V v = w.part[0];
+  for (int i = 1; i < kParts; ++i) v += w.part[i];
+  const Quarter* quarters = (const Quarter*)&v;
+  Quarter q = quarters[0];
+  for (int i = 1; i < kLanes / 4; ++i) q += quarters[i];
+  std::memcpy(p, &q, sizeof q);
+}
 NORMSCOPE_INLINE float rough_sum(const W& w) {
   V v = w.part[0];
   for (int i = 1; i < kParts; ++i) v += w.part[i];
