@@ -124,15 +124,15 @@ class _Call:
 
 
 def _forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, sets, tracked = call[:9]
-    c = _Call(*tensors, call[9:])
+    x, weight, bias, residual, mask, mean, var, sets, tracked = call[:9]
+    c = _Call(x, weight, bias, residual, mask, mean, var, call[9:])
     r = c.recipe
     if r is None:
         z, mean, var = c.operators(c.x, c.weight, c.bias, c.residual)
         y, statistics = torch.empty_like(c.x).copy_(z), torch.zeros(5, sets)
     else:
-        mean, var = (None if t is None else r.given(t) for t in (c.mean, c.var))
-        weight, bias = r.ordered(c.weight), r.ordered(c.bias)
+        weight, bias = r.ordered(weight), r.ordered(bias)
+        mean, var = (None if t is None else r.given(t) for t in (mean, var))
         y, statistics = compiled.forward(r, c.x, weight, bias, c.residual, mean, var, c.mask)
         mean, var = r.moments(statistics)
     moments = torch.stack([c.view.sets(t).reshape(-1) for t in (mean, var)]) if tracked else torch.empty(2, 0)
@@ -140,8 +140,8 @@ def _forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(gy: Tensor, *call: Any) -> tuple[Tensor, ...]:
-    *tensors, statistics, needs = call[:9]
-    c = _Call(*tensors, call[9:])
+    x, weight, bias, residual, mask, mean, var, statistics, needs = call[:9]
+    c = _Call(x, weight, bias, residual, mask, mean, var, call[9:])
     r = c.recipe
     found: Sequence[Tensor | None]
     if r is None:
