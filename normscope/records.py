@@ -988,6 +988,24 @@ class Contradiction:
 
 
 @dataclass(frozen=True, slots=True)
+class Correction:
+    """An error of fact.
+
+    Attributes:
+        claims: The ids of the claims that say so.
+        said: What they say.
+        fact: What is so.
+        source: Who reports it; "" where the experiment named in the fact shows it, or anybody can see it.
+    """
+
+    code: str
+    claims: tuple[str, ...]
+    said: str
+    fact: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ledger:
     """All claims with their verdicts.
 
@@ -999,6 +1017,7 @@ class Ledger:
     experiments: tuple[Experiment, ...]
     contradictions: tuple[Contradiction, ...]
     sources: tuple[tuple[str, str], ...]
+    corrections: tuple[Correction, ...] = ()
 
     @property
     def tests(self) -> int:
@@ -1018,6 +1037,7 @@ class Ledger:
 __all__ += [
     "Claim",
     "Contradiction",
+    "Correction",
     "Experiment",
     "Judgement",
     "LabVerdict",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["lab"]
 
 PROFILES = ("quick", "cpu", "full")
+# What a process that SIGTERM ended tells its shell.
+TERMINATED = 143
 STORE = click.option(
     "--store",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -210,3 +213,71 @@ def compare(ctx: click.Context, first: Path, second: Path) -> None:
         click.echo("no experiment was run in both with the same profile")
     if not rows or any(verdicts != "the same verdicts" for _, _, verdicts in rows):
         ctx.exit(FINDINGS)
+
+
+@lab.command(short_help="A published experiment at its size: train, stop, resume.")
+@click.argument("name", required=False)
+@click.option("--arm", metavar="ARM", help="Which of the recipe's; without it they are listed.")
+@click.option(
+    "--data", type=click.Path(file_okay=False, exists=True, path_type=Path), help="Folder with the parts train and val."
+)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Of checkpoint and result. Default: NAME-ARM."
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--every", type=click.IntRange(1), default=1000, show_default=True, help="Steps between checkpoints.")
+@click.option("--report", type=click.IntRange(1), default=5000, show_default=True, help="Steps between evaluations.")
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read images.")
+@click.option("--half", is_flag=True, help="Autocast to bfloat16.")
+@click.option(
+    "--weights", type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder of a finished run whose features a new run starts from.",
+)  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), help="Fewer than the recipe's, for a trial.")
+@click.option("--batch", type=click.IntRange(1), help="Another number of items per process, for a trial.")
+@click.option("--edge", type=click.IntRange(1), help="Another size of the pictures in pixels, for a trial.")
+@click.option(
+    "--ensemble",
+    multiple=True,
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder of a finished run of this arm; given several times, their mean probabilities are judged instead.",
+)
+@click.pass_context
+def recipe(
+    ctx: click.Context, name: str | None, arm: str | None, data: Path | None, out: Path | None, seed: int, every: int,
+    report: int, workers: int, half: bool, weights: Path | None, steps: int | None, batch: int | None, edge: int | None,
+    ensemble: tuple[Path, ...],
+) -> None:  # fmt: skip
+    r"""Train an arm of a recipe; the same command goes on after a kill, and ends with the same numbers.
+
+    \b
+    normscope lab recipe
+    normscope lab recipe resnet50
+    torchrun --nproc-per-node 8 -m normscope lab recipe resnet50 --arm BN-2 --data imagenet --half
+    """
+    from normscope.lab.recipes import catalogue, engine
+
+    if name is None or arm is None:
+        _list_recipes(name)
+        return
+    job = catalogue.resized(catalogue.find(name, arm), steps=steps, batch=batch, edge=edge)
+    if data is None:
+        raise click.UsageError(f"--data is needed: a folder with {catalogue.RECIPES[name].layout}")
+    if ensemble:
+        click.echo(json.dumps(engine.together(job, [folder / engine.CHECKPOINT for folder in ensemble], data)))
+        return
+    out = out or Path(f"{name}-{arm}")
+    settings = engine.Settings(out, seed=seed, every=every, report=report, workers=workers, half=half, weights=weights)
+    try:
+        result = engine.train(job, f"{name} {arm}", data, settings)
+    except engine.Stopped as stopped:
+        click.echo(f"{stopped}; the same command goes on", err=True)
+        ctx.exit(TERMINATED)
+    click.echo(json.dumps(result["history"][-1]))
+
+
+def _list_recipes(name: str | None) -> None:
+    from normscope.lab.recipes.catalogue import RECIPES, named
+
+    for key, one in RECIPES.items() if name is None else [(name, named(name))]:
+        click.echo(f"{key}: {one.title}\n  data: {one.layout}\n  arms: {', '.join(one.arms)}\n  {one.source}")

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from normscope.data.cifar import load_cifar10 as load_cifar10
 from normscope.data.dataset import DataSet as DataSet
 from normscope.data.digits import load_digits as load_digits
+from normscope.data.images import by_class as by_class
+from normscope.data.images import images_in as images_in
+from normscope.data.images import read_image as read_image
 from normscope.data.mnist import find_mnist as find_mnist
 from normscope.data.mnist import load_fashion_mnist as load_fashion_mnist
 from normscope.data.mnist import load_mnist as load_mnist
@@ -26,7 +29,9 @@ __all__ = [
     "DataSet",
     "Picture",
     "Text",
+    "by_class",
     "find_mnist",
+    "images_in",
     "load",
     "load_cifar10",
     "load_digits",
@@ -34,6 +39,7 @@ __all__ = [
     "load_mnist",
     "load_pictures",
     "load_text",
+    "read_image",
 ]
 
 LOADERS: dict[str, Callable[[], DataSet]] = {

@@ -72,6 +72,100 @@ CONTRADICTIONS = (
         ("000-7", "003-12", "002-2", "002-19"),
         ("B06", "E01"),
     ),
+    _Pair(
+        "X9",
+        "It works by lessening covariate shift, or has nothing to do with it.",
+        ("001-2", "002-2", "004-17"),
+        ("B02", "B14"),
+    ),
+    _Pair(
+        "X10",
+        "γ and β are indispensable and restore what a layer can represent, or only make training harder.",
+        ("000-17", "001-18", "003-8", "003-9"),
+        ("B09", "F04"),
+    ),
+    _Pair(
+        "X11",
+        "Why tasks from pixel to pixel suffer: lost contrast, or mixed statistics of unrelated images; and still "
+        "InstanceNorm, which removes most contrast, is recommended for generation.",
+        ("000-16", "000-27", "004-20"),
+        ("F01", "F05", "F06"),
+    ),
+    _Pair(
+        "X12",
+        "That inference uses other statistics than training is harmless, or makes models worse in production.",
+        ("000-29", "002-16"),
+        ("C05",),
+    ),
+    _Pair(
+        "X13",
+        "In recurrent networks it works vertically and explodes horizontally, or is of no use at all, or works so- so.",
+        ("000-28", "002-19", "004-8"),
+        ("E01",),
+    ),
+    _Pair(
+        "X14",
+        "LayerNorm is said to be useful in recurrent networks only; transformers and newer convolutional networks "
+        "use it.",
+        ("004-13",),
+        ("H01",),
+    ),
+    _Pair(
+        "X15",
+        "All faults come from depending on the batch, which nearly all successors give up; a text lists SyncBN "
+        "among the cures, which depends on a larger one.",
+        ("002-21", "004-10", "004-11"),
+        ("H01", "C03"),
+    ),
+    _Pair(
+        "X16",
+        "The noise of its statistics is a welcome regulariser, or the fault of small batches.",
+        ("000-6", "000-26", "002-10", "003-13"),
+        ("B10", "C01"),
+    ),
+    _Pair(
+        "X17",
+        "γ and β are one pair per feature map, and yet twice the batch size in number.",
+        ("003-10",),
+        ("A09",),
+    ),
+    _Pair(
+        "X18",
+        "Equal distributions generalise better under shift; stored statistics make shift worse.",
+        ("002-17", "003-1", "003-5"),
+        ("B17",),
+    ),
+    _Pair(
+        "X19",
+        "It is unfit for adversarial networks, where InstanceNorm comes first; DCGAN found it critical.",
+        ("000-15", "004-20"),
+        ("F06",),
+    ),
+    _Pair(
+        "X20",
+        "It replaces dropout; the best CaffeNet with it has dropout of 0.2.",
+        ("001-5", "003-11"),
+        ("B10",),
+    ),
+    _Pair(
+        "X21",
+        "Batches of unequal distribution slow training, and it cures that; on such batches it breaks.",
+        ("003-2",),
+        ("B16",),
+    ),
+    _Pair(
+        "X22",
+        "L2 penalties prevent overfitting and belong to the normalization of weights; under normalization they set "
+        "the rate alone.",
+        ("004-2", "004-3"),
+        ("B11",),
+    ),
+    _Pair(
+        "X23",
+        "Decorrelated inputs train faster; it leaves correlation, and is said to need no more.",
+        ("001-13", "001-17"),
+        ("B18", "H03"),
+    ),
 )
 
 

@@ -123,6 +123,14 @@ class Results:
         wanted = settings.items()
         return [m for m in self._done.values() if wanted <= dict(m.task.settings).items()]
 
+    def texts(self, name: str) -> list[str]:
+        """The words that a setting has, in the order of their first runs; of the runs that have it."""
+        return list(dict.fromkeys(str(m.task[name]) for m in self._done.values() if name in dict(m.task.settings)))
+
+    def wholes(self, name: str) -> list[int]:
+        """The whole numbers that a setting has, ascending; of the runs that have it."""
+        return sorted({m.task.whole(name) for m in self._done.values() if name in dict(m.task.settings)})
+
     def per_seed(self, name: str, **settings: Scalar) -> tuple[float, ...]:
         """A number per seed of the runs with these settings, in the order of the seeds."""
         pairs = [pair for m in self.where(**settings) for pair in zip(m.task.seeds, m.row(name), strict=True)]

@@ -13,6 +13,7 @@ from normscope.lab import registry
 from normscope.lab.claims import CLAIMS, SOURCES
 from normscope.lab.contradictions import contradictions
 from normscope.lab.experiment import Exact, Measured, ProfileName, Results, Task, digest
+from normscope.lab.facts import CORRECTIONS
 from normscope.lab.store import Store, decode_numbers, encode_numbers
 from normscope.lab.verdicts import merge
 from normscope.records import Claim, Experiment, Ledger, Machine, from_json, to_json
@@ -198,7 +199,7 @@ def ledger(runs: Iterable[Run], notes: Mapping[str, str] = MappingProxyType({}))
         dataclasses.replace(e, note=notes.get(f"{e.registration.name} {e.profile} {e.digest}", "")) for e in judged
     ]
     claims = tuple(_claim(entry.id, found) for entry in CLAIMS)
-    return Ledger(claims, tuple(found), contradictions(claims, found), tuple(SOURCES.items()))
+    return Ledger(claims, tuple(found), contradictions(claims, found), tuple(SOURCES.items()), CORRECTIONS)
 
 
 def _claim(identifier: str, found: Sequence[Experiment]) -> Claim:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import normscope as ns
 from normscope.errors import ArgumentError
 
-__all__ = ["ACTIVATIONS", "Convolutional", "Perceptrons", "norm_2d", "stacked_norm"]
+__all__ = ["ACTIVATIONS", "Convolutional", "Network", "Perceptrons", "norm_2d", "renew", "stacked_norm"]
 
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
 
@@ -50,7 +50,7 @@ class _Parts(nn.Module):
 
 
 def norm_2d(name: str, channels: int) -> nn.Module:
-    """A normalizer for (n, c, h, w): those above, GN, IN, Online, BRNB: Batch Renormalization over parts of B."""
+    """A normalizer for (n, c, h, w): those above, GN, IN, Sync, Online, groupsG, BRNB (Batch Renormalization)."""
     if name in ("none", "noop"):
         return nn.Identity()
     if name == "BN":
@@ -59,8 +59,12 @@ def norm_2d(name: str, channels: int) -> nn.Module:
         return ns.nn.GroupNorm(1, channels)
     if name == "GN":
         return ns.nn.GroupNorm(4, channels)
+    if name.startswith("groups"):
+        return ns.nn.GroupNorm(int(name[6:]), channels)
     if name == "IN":
         return ns.nn.InstanceNorm2d(channels, affine=True)
+    if name == "Sync":
+        return ns.nn.SyncBatchNorm(channels)
     if name == "Online":
         return ns.nn.OnlineNorm(channels)
     if name.startswith("BRN"):
@@ -94,11 +98,12 @@ class Perceptrons(nn.Module):
         activation: Of the hidden layers.
         place: The normalizer "before" or "after" the activation, or at "both" places.
         deviation: Of the initial weights; 0 for gain/√(inputs), the gain being √2 for ReLU and 1 otherwise.
+        scale: What the initial weights of the hidden layers are multiplied by.
     """
 
     def __init__(
         self, widths: Sequence[int], seeds: Sequence[int], *, norm: str, activation: str, place: str = "before",
-        deviation: float = 0.0,
+        deviation: float = 0.0, scale: float = 1.0,
     ) -> None:  # fmt: skip
         super().__init__()
         if place not in ("before", "after", "both"):
@@ -111,6 +116,9 @@ class Perceptrons(nn.Module):
             )
             for a, b in itertools.pairwise(widths)
         ]
+        with torch.no_grad():
+            for linear in maps[:-1]:
+                linear.weight.mul_(scale)
         self.trunk = nn.ModuleList()
         for linear, width in zip(maps[:-1], widths[1:-1], strict=True):
             before = stacked_norm(norm if place != "after" else "none", len(seeds), width)
@@ -183,3 +191,12 @@ def _draw(layer: nn.Conv2d | nn.Linear, deviation: float, generator: torch.Gener
     layer.weight.normal_(0, deviation, generator=generator)
     if layer.bias is not None:
         layer.bias.zero_()
+
+
+Network = Perceptrons | Convolutional
+
+
+def renew(network: Network, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Put `make(normalizer)` in place of every normalizer in front of an activation."""
+    for block in network.trunk if isinstance(network, Perceptrons) else network.blocks:
+        block[1] = make(block[1])  # type: ignore[index, operator]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from normscope.records import Interval, Series
+from normscope.records import Interval, Plot, Series
 
-__all__ = ["band", "bars", "dashes", "line", "points", "spread"]
+__all__ = ["band", "bars", "beside", "dashes", "line", "points", "spread"]
 
 
 def _row(values: Iterable[float]) -> tuple[float, ...]:
@@ -48,3 +48,14 @@ def spread(name: str, x: Sequence[float], rows: Sequence[Sequence[float]], colou
         line(name, x, [sum(c) / len(c) for c in columns], colour),
         band("", x, [min(c) for c in columns], [max(c) for c in columns], colour),
     )
+
+
+def beside(title: str, y: str, groups: Mapping[str, Mapping[str, Sequence[float]]], x: str = "") -> Plot:
+    """Arms side by side, mean and range over seeds: group → arm → a number per seed; every arm is a tick."""
+    ticks = list(dict.fromkeys(arm for arms in groups.values() for arm in arms))
+    series = []
+    for k, (group, arms) in enumerate(groups.items()):
+        within = [Interval(sum(r) / len(r), min(r), max(r)) for r in arms.values()]
+        places = [ticks.index(arm) + 0.15 * (k - (len(groups) - 1) / 2) for arm in arms]
+        series.append(points(group, places, [i.value for i in within], k, within=within))
+    return Plot(title, x, y, tuple(series), ticks=tuple(ticks))

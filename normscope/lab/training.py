@@ -6,20 +6,34 @@ import math
 import statistics
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normscope.lab.experiment import Experiment, ProfileName, Results, Scalar, Task
-from normscope.lab.networks import Convolutional, Perceptrons
+from normscope.lab.networks import Convolutional, Network, Perceptrons
 from normscope.lab.samples import Form, Samples, batches, samples
 
-__all__ = ["Arm", "Tuned", "accuracies", "build", "classify", "descend", "first_reaching", "schedule", "train"]
+__all__ = [
+    "Arm",
+    "Order",
+    "Tuned",
+    "accuracies",
+    "build",
+    "classify",
+    "columns",
+    "descend",
+    "first_reaching",
+    "mean_of",
+    "schedule",
+    "train",
+]
 
 Arm = Mapping[str, Scalar]
-Network = Perceptrons | Convolutional
+# The batches of one seed: (count, size, seed) to indices.
+Order = Callable[[int, int, int], Iterator[Tensor]]
 
 # Chosen by validation with these, reported with others.
 TUNING_SEEDS = (100, 101)
@@ -60,9 +74,9 @@ def descend(
             on_step(step)
 
 
-def _losses(network: Network, data: Samples, seeds: Sequence[int], size: int) -> Iterator[Tensor]:
+def _losses(network: Network, data: Samples, seeds: Sequence[int], size: int, order: Order) -> Iterator[Tensor]:
     """The sum over seeds of each network's mean loss on its own batch."""
-    orders = [batches(len(data.train_y), size, seed) for seed in seeds]
+    orders = [order(len(data.train_y), size, seed) for seed in seeds]
     while True:
         rows = torch.stack([next(order) for order in orders])
         if isinstance(network, Perceptrons):
@@ -75,8 +89,9 @@ def _losses(network: Network, data: Samples, seeds: Sequence[int], size: int) ->
 def train(
     network: Network, data: Samples, seeds: Sequence[int], *, steps: int, batch: int, rate: float,
     momentum: float = 0.0, probes: int = 20, on_probe: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None] | None = None, order: Order = batches,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Train and measure.
+    """Train and measure; `on_step` is called after every step, `on_probe` after those at which was measured.
 
     Returns:
         "steps" at which was measured; "curve", the test accuracy of each seed at each of them, seeds outermost; and per
@@ -86,7 +101,9 @@ def train(
     marks = schedule(steps, probes)
     curve: list[list[float]] = []
 
-    def on_step(step: int) -> None:
+    def after(step: int) -> None:
+        if on_step:
+            on_step(step)
         if step in marks:
             curve.append(accuracies(network, data.test_x, data.test_y, len(seeds)))
             if on_probe:
@@ -94,8 +111,8 @@ def train(
             network.train()
 
     network.train()
-    source = _losses(network, data, seeds, batch)
-    descend(list(network.parameters()), source, steps, rate, momentum=momentum, on_step=on_step)
+    source = _losses(network, data, seeds, batch, order)
+    descend(list(network.parameters()), source, steps, rate, momentum=momentum, on_step=after)
     return {
         "steps": [float(mark) for mark in marks],
         "curve": [row[k] for k in range(len(seeds)) for row in curve],
@@ -106,24 +123,42 @@ def train(
 
 
 def classify(
-    task: Task, *, form: Form, train_size: int, test_size: int, batch: int, momentum: float
-) -> dict[str, list[float]]:
-    """Train the network that a task describes: net is "mlp3", "mlp8", "cnn" or "resnet"."""
+    task: Task, *, form: Form, train_size: int, test_size: int, batch: int, momentum: float,
+    change: Callable[[Network], None] | None = None, order: Order = batches,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Train the network that a task describes: net is "mlp3", "mlp8", "cnn" or "resnet".
+
+    Args:
+        task: See `build`.
+        form: See `samples`, as are the sizes.
+        train_size: Of the training set at most.
+        test_size: Of the test set at most.
+        batch: Of the optimizer.
+        momentum: Of SGD.
+        change: Called with the network before it is trained.
+        order: Of the training images.
+    """
     data = samples(task.text("data"), form, train_size, test_size)
     network = build(task, data)
+    if change:
+        change(network)
     if isinstance(network, Perceptrons) and form == "half":
         data = data.flat
     clock = time.perf_counter()
     found = train(
-        network, data, task.seeds, steps=task.whole("steps"), batch=batch, rate=task.number("rate"), momentum=momentum
-    )
+        network, data, task.seeds, steps=task.whole("steps"), batch=batch, rate=task.number("rate"), momentum=momentum,
+        order=order,
+    )  # fmt: skip
     return found | {"time": [time.perf_counter() - clock]}
 
 
 def build(task: Task, data: Samples) -> Network:
-    """The network of a task, with its norm, activation and place ("before" where it says nothing)."""
+    """The network of a task, with its norm, activation and place ("before" where it says nothing).
+
+    Of the norm the first word counts; what follows is the experiment's own.
+    """
     settings = dict(task.settings)
-    net, norm = str(settings["net"]), str(settings["norm"])
+    net, norm = str(settings["net"]), str(settings["norm"]).split()[0]
     activation, place = str(settings.get("activation", "relu")), str(settings.get("place", "before"))
     if net.startswith("mlp"):
         widths = (data.shape.numel(), *[100] * int(net[3:]), data.classes)
@@ -150,6 +185,16 @@ def accuracies(network: Network, x: Tensor, y: Tensor, seeds: int) -> list[float
         right += (scores.argmax(-1) == y[k : k + CHUNK]).sum(1)
     found: list[float] = (right / len(y)).tolist()
     return found
+
+
+def columns(rows: Iterable[Sequence[float]]) -> list[list[float]]:
+    """A row per arm as a row per seed, or the other way round."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def mean_of(rows: Iterable[Sequence[float]]) -> list[float]:
+    """The mean of several arms, seed by seed."""
+    return [statistics.mean(column) for column in zip(*rows, strict=True)]
 
 
 def first_reaching(steps: Sequence[float], values: Sequence[float], target: float) -> tuple[float, bool]:
@@ -223,6 +268,14 @@ class Tuned(Experiment):
     def at_best(self, results: Results, name: str, **arm: Scalar) -> tuple[float, ...]:
         """A number per seed of an arm at its own best rate."""
         return results.per_seed(name, stage="test", rate=self.best_rate(results, **arm), **arm)
+
+    def along(self, results: Results, **arm: Scalar) -> tuple[float, ...]:
+        """The mean test accuracy while an arm trains at its own best rate, a number per seed: its speed.
+
+        The marks of the schedule lie closer at the beginning, where arms differ.
+        """
+        _, rows = self.curves(results, rate=self.best_rate(results, **arm), **arm)
+        return tuple(statistics.mean(row) for row in rows)
 
     def shared(self, results: Results, name: str, **arm: Scalar) -> str:
         """The mean of an arm and of its baseline at the baseline's best rate, in words."""

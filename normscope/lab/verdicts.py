@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from normscope.records import Interval, Judgement, LabVerdict
 from normscope.statistics import MINIMUM_SEEDS, Effect, decide, decide_equivalence, paired_effect
 
-__all__ = ["by_effect", "by_equivalence", "by_rivals", "identity", "interval", "merge", "ruled", "tiny"]
+__all__ = ["by_effect", "by_equivalence", "by_rivals", "identity", "interval", "merge", "ruled", "tiny", "told"]
 
 
 def identity(
@@ -103,6 +103,11 @@ def merge(verdicts: Sequence[LabVerdict]) -> LabVerdict:
     if "UNDECIDED" in found:
         return "UNDECIDED"
     return "CONFIRMED" if found <= {"CONFIRMED", "EXACT"} else "UNDECIDED"
+
+
+def told(rows: Mapping[str, Sequence[float]], form: str = ".1%") -> str:
+    """The mean of every arm in words of a sentence."""
+    return ", ".join(f"{arm} {format(sum(row) / len(row), form)}" for arm, row in rows.items())
 
 
 def tiny(value: float) -> str:

@@ -113,6 +113,7 @@ def _lines(ledger: Ledger, figures: str) -> Iterator[str]:
         "says so. A verdict holds for the data, model and budget named with it."
     )
     yield from _contradictions(ledger)
+    yield from _corrections(ledger)
     for text in SECTIONS:
         yield from ("", f"## Text {text}", "", "| claim | verdict | measured |", "|---|---|---|")
         yield from (_row(claim) for claim in ledger.claims if claim.id.startswith(text))
@@ -133,6 +134,13 @@ def _contradictions(ledger: Ledger) -> Iterator[str]:
     )
     for c in ledger.contradictions:
         yield f"| {c.code} | {_cell(c.text)} | {c.verdict} | {_cell(c.outcome)} |"
+
+
+def _corrections(ledger: Ledger) -> Iterator[str]:
+    yield from ("", "## Errors of fact", "", "| | what a text says | what is so |", "|---|---|---|")
+    for c in ledger.corrections:
+        source = f" ({c.source})" if c.source else ""
+        yield f"| {c.code} | {', '.join(c.claims)}: {_cell(c.said)} | {_cell(c.fact + source)} |"
 
 
 def _row(claim: Claim) -> str:

@@ -7,8 +7,10 @@ tasks, the tuning and the judging are the real ones.
 import datetime as dt
 import math
 
+import planted as further
 import pytest
 import torch
+from planted import noise, row
 
 from normscope.lab import networks, registry
 from normscope.lab.experiment import Measured, Results, Task, execute
@@ -19,15 +21,6 @@ from normscope.records import Judgement, Picture, from_json, to_json
 
 TRAINING = [name for name in registry.runnable() if not name.startswith("A")]
 CORE = ["B01", "B03", "B06", "B07", "B08", "C01", "C05", "E01", "F01", "F02"]
-
-
-def noise(task, k):
-    """Small, and different for every run and seed."""
-    return 0.002 * torch.randn(len(task.seeds), generator=torch.Generator().manual_seed(int(task.key[:7], 16) + k))
-
-
-def row(task, value, k=0):
-    return (value + noise(task, k)).tolist()
 
 
 def curve(task, fast):
@@ -128,6 +121,7 @@ PLANTED = {
     "E01": e01,
     "F01": f01,
     "F02": f02,
+    **further.PLANTED,
 }
 # Which judgement carries the claim, and what no effect at all must give.
 MAIN = dict.fromkeys(PLANTED, 0)
@@ -217,6 +211,17 @@ def test_a_normalizer_that_does_nothing_changes_nothing_bit_for_bit(name):
     # And the pairing is not trivial: a normalizer that does something changes it.
     normed = execute(experiment, _with(task, norm="BN" if name != "C01" else "LN")).numbers
     assert normed["curve"] != runs[0]["curve"]
+
+
+@pytest.mark.parametrize("name", ["B02", "B12", "B17", "C04", "C06", "D01", "F04", "F05", "F06", "G01"])
+def test_nothing_changes_nothing_in_what_is_measured_otherwise(name):
+    experiment = registry.load(name)
+    tasks = experiment.tasks("quick", (0, 1), Results())
+    task = next(t for t in tasks if dict(t.settings).get("norm") in ("none", "GN"))
+    runs = [execute(experiment, _with(task, norm=norm, steps=6)).numbers for norm in ("none", "noop", "BN", "LN")]
+    kept = [repr({k: v for k, v in numbers.items() if not k.startswith("time")}) for numbers in runs]
+    assert kept[0] == kept[1]
+    assert len(set(kept[:1] + kept[2:])) >= 2
 
 
 @pytest.mark.parametrize("name", ["B01", "B07"])
