@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data),)
 export NORMSCOPE_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help demo test check rules bench lab sanitize portable format clean
+.PHONY: help demo test check rules bench lab triton sanitize portable format clean
 help:
 	@echo "make demo    what Batch Normalization does, on real data, as figures and a page in normscope-demo/"
 	@echo "make test    all tests"
@@ -17,6 +17,7 @@ help:
 	@echo "make rules   how often the doctor is right: all fixtures, resumable, results in build/confusion/"
 	@echo "make bench   speed against eager torch and against copying, up to 15 minutes, in normscope-bench/"
 	@echo "make lab     the exact experiments and the ledger of claims, in normscope-lab/"
+	@echo "make triton  tests of the kernels for GPUs, by Triton's interpreter where there is no GPU"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make portable  the kernels compiled for arm64 and run by an emulator"
 	@echo "make format  rewrite the code in the project's format"
@@ -58,6 +59,13 @@ PROFILE ?= cpu
 lab: $(READY)
 	$(BIN)/normscope lab run $(LAB) --profile $(PROFILE) --jobs 2
 	$(BIN)/normscope lab report
+
+# Installs nothing: triton takes 1 GB.
+triton: $(READY)
+	@$(BIN)/python -c "import triton" || { echo "first: $(BIN)/python -m pip install --no-deps triton"; exit 1; }
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+		then $(BIN)/python -m pytest tests/test_triton.py; \
+		else NORMSCOPE_TRITON=interpret $(BIN)/python -m pytest tests/test_triton.py; fi
 
 # A copy of the package with its kernels built under the address and undefined-behaviour sanitizers, and the kernel tests
 # with every instruction set: half an hour on two cores. Run from its folder, so that nothing imports the checkout.

@@ -72,6 +72,23 @@ def test_the_suite_is_the_one_of_the_design():
     assert len(cases.COMPILED) == 8
 
 
+def test_on_a_gpu_the_suite_exceeds_its_cache():
+    table = run_module()._table("cuda")
+    assert list(table) == [case.name for case in (*cases.SUITE, *cases.SWEEP)]
+    for name, case in table.items():
+        small = next(c for c in (*cases.SUITE, *cases.SWEEP) if c.name == name)
+        assert case.shape[1:] == small.shape[1:]
+        if case.part == "suite":
+            assert 64 << 20 <= case.size < max(128 << 20, small.size + 1)
+        else:
+            assert case is small
+    assert run_module()._table("cpu")["LN 32x197x768 f32"].shape == (32, 197, 768)
+
+
+def run_module():
+    return sys.modules["normscope.bench.run"]
+
+
 def test_select():
     names = [case.name for case in cases.SUITE]
     assert cases.select(names, []) == names
@@ -700,6 +717,19 @@ def test_targets_are_met_missed_or_open():
     assert found["architectures measured"].verdict == "open"
 
 
+def test_targets_on_a_gpu():
+    compiled = speed(compiled=Interval(0.8, 0.7, 0.9))
+    found = {
+        t.text.partition(":")[0]: t for t in targets.judge_gpu([compiled, speed(share=Interval(0.6, 0.5, 0.7))], [])
+    }
+    # 8 units instead of 5 where the plan must read twice: 1.6 times 0.5 and 0.6 of the ideal floor.
+    assert found["forward + backward"].measured.value == pytest.approx(1.6 * math.sqrt(0.5 * 0.6))
+    assert found["forward + backward"].verdict == "met"
+    assert found["every case of the suite"].verdict == "met"
+    assert found["every compiled case"].verdict == "missed"
+    assert found["every training step"].verdict == "open"
+
+
 def test_families_are_told_apart():
     others = [
         speed("GN 2x3x4x5 bf16"),
@@ -784,6 +814,14 @@ def printed(record):
     console = Console(width=benchmarks.WIDTH, file=io.StringIO())
     benchmarks.print_benchmark(record, console)
     return console.file.getvalue()
+
+
+def test_liger_has_a_table_where_it_ran():
+    assert "Liger" not in printed(example())
+    times = {"ours": 1e-3, "eager": 2e-3, "liger": 1.25e-3}
+    timings = tuple(records.Timing(name, Interval(t, t, t)) for name, t in times.items())
+    text = printed(example(cases=(speed("LN 64x256 f32", timings=timings), speed())))
+    assert re.search(r"against Liger +×.*\n.*\n.*LN 64x256 f32 +1.25", text)
 
 
 def test_the_table_shows_every_number():

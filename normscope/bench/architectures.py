@@ -6,6 +6,7 @@ Leaving out all normalizers and activations gains more than any kernel can; the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
@@ -27,7 +28,7 @@ from normscope.records import ModelMemory, ModelSpeed, Timing
 
 __all__ = ["ARCHITECTURES", "LAYOUTS", "Architecture", "measure"]
 
-BATCH, SIDE = 8, 128
+BATCH, GPU_BATCH, SIDE = 8, 256, 128
 PROVEN = 2  # images of the proof of `accelerate`, which runs in float64
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.Mish)
@@ -78,11 +79,12 @@ def measure(architecture: Architecture, layout: str, seconds: float, device: tor
     """
     start = time.perf_counter()
     torch.manual_seed(0)
-    x = torch.randn(BATCH, 3, SIDE, SIDE, device=device).contiguous(memory_format=LAYOUTS[layout])
+    batch = GPU_BATCH if device.type == "cuda" else BATCH
+    x = torch.randn(batch, 3, SIDE, SIDE, device=device).contiguous(memory_format=LAYOUTS[layout])
     plain = architecture.build().to(device, memory_format=LAYOUTS[layout]).train()  # type: ignore[call-overload]
     report = ns.accelerate(plain, x[:PROVEN], copy=True)
     models = {"torch": plain, "accelerated": report.model, "bare": _bare(copy.deepcopy(plain))}
-    g = torch.randn_like(plain(x))
+    g = torch.randn_like(_forward(plain, x))
     memory = tuple(ModelMemory(name, _saved(model, x), _peak(model, x, g)) for name, model in models.items())
     alternatives = dict(_alternatives(models, x, g))
     left = max(seconds / 5, seconds - (time.perf_counter() - start))
@@ -130,14 +132,21 @@ def _alternatives(models: Mapping[str, nn.Module], x: Tensor, g: Tensor) -> Iter
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, g: Tensor) -> None:
-    model(x).backward(g)
+    _forward(model, x).backward(g)  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
 
 
 def _evaluate(model: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
-        model(x)
+        _forward(model, x)
+
+
+def _forward(model: nn.Module, x: Tensor) -> Tensor:
+    """On a GPU in bfloat16, as people train there."""
+    with torch.autocast("cuda", torch.bfloat16) if x.is_cuda else contextlib.nullcontext():
+        y: Tensor = model(x)
+        return y
 
 
 def _saved(model: nn.Module, x: Tensor) -> int:
@@ -150,7 +159,7 @@ def _saved(model: nn.Module, x: Tensor) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y = model(x)
+        y = _forward(model, x)
     del y
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
 
@@ -160,7 +169,7 @@ def _peak(model: nn.Module, x: Tensor, g: Tensor) -> int:
     if x.is_cuda:
         before = torch.cuda.memory_allocated(x.device)
         torch.cuda.reset_peak_memory_stats(x.device)
-        model(x).backward(g)
+        _forward(model, x).backward(g)  # type: ignore[no-untyped-call]
         peak = torch.cuda.max_memory_allocated(x.device) - before
     else:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces itself on stderr

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +15,10 @@ from torch.nn import functional as F
 
 import normscope as ns
 
-__all__ = ["COMPILED", "DTYPES", "FAMILIES", "QUICK", "SUITE", "SWEEP", "Case", "Family", "State", "select"]
+__all__ = [
+    "COMPILED", "DTYPES", "FAMILIES", "QUICK", "SUITE", "SWEEP",
+    "Case", "Family", "State", "enlarged", "liger", "select",
+]  # fmt: skip
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = {"": torch.contiguous_format, "cl": torch.channels_last}
@@ -222,6 +226,24 @@ COMPILED = (
     "LN2d 16x96x56x56 f32",
     "RMS 8x1024x1024 bf16",
 )
+
+
+def enlarged(case: Case, least: int) -> Case:
+    """The case with so many more samples, times a power of two, that x has at least some bytes."""
+    times = 1 << max(0, math.ceil(math.log2(least / case.size)))
+    return replace(case, shape=(case.shape[0] * times, *case.shape[1:]))
+
+
+def liger(family: Family) -> Norm | None:
+    """The family by Liger's kernels, a ReLU in place behind; None where they are not installed or have none."""
+    if family.name not in ("LN", "RMS") or importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers import functional
+
+    if family.name == "LN":
+        return lambda x, s: functional.liger_layer_norm(x, s.weight, s.bias, 1e-5).relu_()
+    # In place it would overwrite the upstream gradient, which all alternatives share.
+    return lambda x, s: functional.liger_rms_norm(x, s.weight, torch.finfo(x.dtype).eps, in_place=False).relu_()
 
 
 def select(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

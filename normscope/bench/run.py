@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -13,8 +13,8 @@ import torch
 import normscope as ns
 from normscope.bench import architectures, suite, timing
 from normscope.bench.architectures import ARCHITECTURES, LAYOUTS, Architecture
-from normscope.bench.cases import COMPILED, QUICK, SUITE, SWEEP, Case, Norm, select
-from normscope.bench.targets import judge
+from normscope.bench.cases import COMPILED, QUICK, SUITE, SWEEP, Case, Norm, enlarged, select
+from normscope.bench.targets import judge, judge_gpu
 from normscope.errors import ArgumentError, ProofError
 from normscope.records import Benchmark, Machine, ModelSpeed, NormSpeed
 
@@ -28,6 +28,8 @@ FULL_SECONDS, QUICK_SECONDS = 810.0, 45.0
 CASE_SECONDS, MODEL_SECONDS = 5.0, 25.0
 # Of the time, where there are architectures to measure, too.
 CASES_SHARE = 0.5
+# The least that x has in the suite on a GPU, in bytes: more than its cache holds.
+GPU_BYTES = 64 << 20
 # What the first case that torch.compile takes is expected to cost.
 COMPILE_SECONDS = 10.0
 
@@ -78,7 +80,7 @@ def run(settings: Settings, *, command: str = "", tell: Tell = lambda *_: None) 
     return Benchmark(
         cases=norms,
         models=nets,
-        targets=judge(norms, nets),
+        targets=(judge_gpu if device.type == "cuda" else judge)(norms, nets),
         notes=bench.all_notes(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=threads,
@@ -91,10 +93,11 @@ def run(settings: Settings, *, command: str = "", tell: Tell = lambda *_: None) 
 
 
 def _chosen(settings: Settings) -> tuple[list[Case], list[tuple[Architecture, str]]]:
-    norms = {case.name: case for case in (*SUITE, *SWEEP)}
+    table = _table(settings.device)
+    norms = {case.name: case for case in table.values()}
     # One layout after the other: if the time is short, every architecture has been measured in one.
     nets = {a.label(layout): (a, layout) for layout in LAYOUTS for a in ARCHITECTURES if layout in a.layouts}
-    names = list(QUICK if settings.quick and not settings.patterns else norms)
+    names = [table[name].name for name in QUICK] if settings.quick and not settings.patterns else list(norms)
     names += nets if settings.architectures else []
     chosen = select(names, settings.patterns)
     if not chosen:
@@ -103,6 +106,12 @@ def _chosen(settings: Settings) -> tuple[list[Case], list[tuple[Architecture, st
             cure=f'names look like "{names[0]}" or "{names[-1]}"; * stands for anything',
         )
     return [norms[n] for n in chosen if n in norms], [nets[n] for n in chosen if n in nets]
+
+
+def _table(device: str) -> Mapping[str, Case]:
+    """The cases of a device, by their names on a CPU."""
+    larger = {case.name: enlarged(case, GPU_BYTES) for case in SUITE} if device == "cuda" else {}
+    return {case.name: larger.get(case.name, case) for case in (*SUITE, *SWEEP)}
 
 
 class _Bench:
@@ -117,7 +126,8 @@ class _Bench:
 
     def cases(self, chosen: Sequence[Case], end: float, compiles: bool) -> Iterator[NormSpeed]:
         """Every case, the time that is left divided among those that are left."""
-        to_compile = [case for case in chosen if case.name in COMPILED] if compiles else []
+        compiled_names = {case.name for name, case in _table(self.device.type).items() if name in COMPILED}
+        to_compile = [case for case in chosen if case.name in compiled_names] if compiles else []
         reserve = COMPILE_SECONDS
         for k, case in enumerate(chosen):
             if not self._begin(case.name, end):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import normscope as ns
-from normscope.bench.cases import Case, Norm, State
+from normscope.bench.cases import Case, Norm, State, liger
 from normscope.bench.check import check, gradients
 from normscope.bench.timing import Call, clock_of, interleave
 from normscope.records import NormSpeed, Timing
@@ -44,7 +44,8 @@ def measure(case: Case, seconds: float, device: torch.device, compiled: Norm | N
     start = time.perf_counter()
     generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()))
     pairs = list(_pairs(case, generator))
-    norms = {"ours": case.family.ours, "eager": case.family.eager} | ({"compiled": compiled} if compiled else {})
+    others = {"compiled": compiled, "liger": liger(case.family) if device.type == "cuda" else None}
+    norms = {"ours": case.family.ours, "eager": case.family.eager} | {n: f for n, f in others.items() if f is not None}
     states = {name: case.state(generator.manual_seed(0), training=True) for name in norms}
     error = check(case, *pairs[0], norms, states)
     alternatives = dict(_alternatives(case, pairs, norms, states, case.state(generator, training=False)))
@@ -100,7 +101,9 @@ def _alternatives(
 def compile_eager(case: Case, device: torch.device) -> Norm:
     """torch.compile of the eager form, ready to run on this case's tensors."""
     torch.compiler.reset()  # one code object serves all shapes: compiled again, it would become one for any shape
-    compiled: Norm = torch.compile(case.family.eager, fullgraph=True, dynamic=False)
+    # Its best without CUDA graphs, which none of the alternatives gets.
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
+    compiled: Norm = torch.compile(case.family.eager, fullgraph=True, dynamic=False, mode=mode)
     generator = torch.Generator(device)
     x, g = case.tensor(generator).requires_grad_(), case.tensor(generator)
     gradients(compiled, case.state(generator, training=True), x, g)

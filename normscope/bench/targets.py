@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from normscope import statistics
 from normscope.records import Interval, ModelSpeed, NormSpeed, Target
 
-__all__ = ["geometric_mean", "judge"]
+__all__ = ["geometric_mean", "judge", "judge_gpu"]
 
 # Below it a call costs more than its arithmetic.
 SMALL = 64 << 10
@@ -58,6 +58,21 @@ def judge(cases: Sequence[NormSpeed], models: Sequence[ModelSpeed]) -> tuple[Tar
         _each("saved for backward, the others: share spared", None, [_spared(m, "saved") for m in plain]),
         _each("peak memory: share spared", 0.0, [_spared(m, "peak") for m in models]),
         _count("architectures measured", MODELS, {model.name.removesuffix(" cl") for model in calm}),
+    )
+
+
+def judge_gpu(cases: Sequence[NormSpeed], models: Sequence[ModelSpeed]) -> tuple[Target, ...]:
+    """The targets on a GPU, each with its figure."""
+    suite = [case for case in cases if case.part == "suite"]
+    compiled = [_Row(c.name, c.compiled, c.calm) for c in suite if c.compiled is not None]
+    return (
+        _mean(
+            "forward + backward: share of the plan's floor", 0.85, suite, lambda case: case.plan_share, _eager(suite)
+        ),
+        _every("every case of the suite: × eager torch", [_Row(c.name, c.speedup, c.calm) for c in suite]),
+        _every("every compiled case: × torch.compile", compiled),
+        _every("every training step: × as it was", [_Row(m.name, m.step, m.calm) for m in models]),
+        _each("peak memory: share spared", 0.0, [_spared(m, "peak") for m in models]),
     )
 
 

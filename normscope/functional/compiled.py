@@ -19,10 +19,10 @@ from normscope.functional import running as statistics_policy
 from normscope.functional.autograd import Operands, gradients
 from normscope.functional.running import Running, recomputing
 from normscope.functional.view import View, view_of
-from normscope.kernels import cpu
+from normscope.kernels import cpu, triton
 from normscope.kernels.formula import Formula
 
-__all__ = ["Recipe", "Saved", "backward", "forward", "layout_of", "normalize", "recipe_of"]
+__all__ = ["Recipe", "Saved", "backend_of", "backward", "forward", "layout_of", "normalize", "recipe_of"]
 
 _UNTRACKED = Running(None, None, 0.0)
 _KEPT = 64  # recipes per view; a view is one shape, so more means strides that never come back
@@ -34,14 +34,16 @@ class Recipe(NamedTuple):
     Attributes:
         view: How x is seen.
         formula: The switches and the activation.
-        layout: The order of the loops.
+        backend: The module of kernels that computes.
+        layout: The order of its loops.
         natural: Whether weight and bias lie in memory in the order in which the loops meet them.
         number: What the C++ steps know it by, without and with given moments; None where they are taken in Python.
     """
 
     view: View
     formula: Formula
-    layout: cpu.Layout
+    backend: Any
+    layout: cpu.Layout | triton.Layout
     natural: bool
     number: tuple[int, int] | None
 
@@ -66,13 +68,19 @@ class Recipe(NamedTuple):
         shape, order = self.view.sizes, self.layout.sets
         return cpu.unflat(statistics[0] + statistics[1], shape, order), cpu.unflat(statistics[2], shape, order)
 
-    def tracks(self, running: Running, mask: Tensor | None) -> bool:
+    def tracks(self, x: Tensor, running: Running, mask: Tensor | None) -> bool:
         """Whether the kernels can move the buffers: each set has a number of its own in both."""
         if mask is not None or not isinstance(running.momentum, float):
             return False
         count = self.layout.set_count
         for t in (running.mean, running.var):
-            if t is None or t.numel() != count or t.dtype != torch.float32 or not t.is_cpu or not t.is_contiguous():
+            if (
+                t is None
+                or t.numel() != count
+                or t.dtype != torch.float32
+                or t.device != x.device
+                or not t.is_contiguous()
+            ):
                 return False
         return True
 
@@ -83,32 +91,40 @@ class Recipe(NamedTuple):
         return cells / (cells - 1) if self.formula.center and cells > 1 else 1.0
 
 
+def backend_of(x: Tensor) -> Any:
+    """The module of compiled kernels for a tensor's device and dtype, or None where the eager ones serve it."""
+    if x.dtype not in cpu.DTYPES:
+        return None
+    return next((backend for backend in (triton, cpu) if backend.serves(x)), None)
+
+
 def recipe_of(
     x: Tensor, view: View, formula: Formula, learned: bool, mean: Tensor | None, var: Tensor | None
 ) -> Recipe | None:
     """The recipe, or None where the eager kernels serve; `learned` says that there is a weight or a bias."""
-    if not x.is_cpu or x.dtype not in cpu.DTYPES or cpu.missing():
+    backend = backend_of(x)
+    if backend is None:
         return None
     if (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad):
         return None
-    key = (x.stride(), formula, learned)
+    key = (backend, x.stride(), formula, learned)
     if key not in view.recipes:
         if len(view.recipes) >= _KEPT:
             view.recipes.clear()
-        view.recipes[key] = _recipe(x, view, formula, learned)
+        view.recipes[key] = _recipe(backend, x, view, formula, learned)
     found: Recipe | None = view.recipes[key]
     return found
 
 
-def _recipe(x: Tensor, view: View, formula: Formula, learned: bool) -> Recipe | None:
+def _recipe(backend: Any, x: Tensor, view: View, formula: Formula, learned: bool) -> Recipe | None:
     params = view.params if learned else ()
     layout, by_memory = (layout_of(x, view, params, given=given) for given in (False, True))
     if layout is None or by_memory is None:
         return None
     parts = range(len(view.sizes))
     met = [i for axis in view.params for i in parts if view.scope.parts[i].axis == axis and view.sizes[i] != 1]
-    recipe = Recipe(view, formula, layout, not learned or met == list(layout.params), None)
-    if cpu.autograd_missing():
+    recipe = Recipe(view, formula, backend, layout, not learned or met == list(layout.params), None)
+    if backend is not cpu or cpu.autograd_missing():
         return recipe
     _library()
     origin = json.dumps([*view.origin, *formula])
@@ -119,12 +135,13 @@ def _recipe(x: Tensor, view: View, formula: Formula, learned: bool) -> Recipe | 
     return recipe._replace(number=(free, given))
 
 
-def layout_of(x: Tensor, view: View, params: tuple[int, ...], *, given: bool = False) -> cpu.Layout | None:
+def layout_of(x: Tensor, view: View, params: tuple[int, ...], *, given: bool = False) -> Any:
     """How the compiled kernels see a tensor, or None where the eager ones serve it."""
-    if not x.is_cpu or x.dtype not in cpu.DTYPES or x.numel() == 0 or cpu.missing():
+    backend = backend_of(x)
+    if backend is None or x.numel() == 0:
         return None
     varies = tuple(part.axis in params for part in view.scope.parts)
-    return cpu.layout_of(view.sizes, view.unfold(x.detach()).stride(), view.inside, varies, given=given)
+    return backend.layout_of(view.sizes, view.unfold(x.detach()).stride(), view.inside, varies, given=given)
 
 
 def normalize(
@@ -161,8 +178,8 @@ def normalize(
     else:
         y, statistics = forward(recipe, x, weight, bias, residual, mean, var, mask)
     if running is not None:
-        buffers = running.mean, running.var
-        cpu.update(statistics, *buffers, running.momentum, recipe.correction, statistics_policy.SKIP_NONFINITE)  # type: ignore[arg-type]
+        skip = statistics_policy.SKIP_NONFINITE
+        recipe.backend.update(statistics, *running, recipe.correction, skip)
     return y, statistics
 
 
@@ -178,7 +195,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y and the statistics, with no gradient; parameters and moments in the order of the loops."""
     weight, bias, mean, var = (_numbers(t) for t in (weight, bias, mean, var))
-    return cpu.forward(x, recipe.layout, recipe.formula, weight, bias, _like(residual, x), mask, mean, var)
+    found: tuple[Tensor, Tensor] = recipe.backend.forward(
+        x, recipe.layout, recipe.formula, weight, bias, _like(residual, x), mask, mean, var
+    )
+    return found
 
 
 class Saved(NamedTuple):
@@ -209,7 +229,7 @@ class Saved(NamedTuple):
 def backward(recipe: Recipe, gy: Tensor, saved: Saved, fixed: bool, needs: Sequence[bool]) -> cpu.Gradients:
     """The gradients of x, weight, bias and residual as far as they are needed, with no gradient of their own."""
     x, weight, bias, residual, mask, y, statistics = saved
-    g = cpu.backward(
+    g = recipe.backend.backward(
         _like(gy, x), x, recipe.layout, recipe.formula, _numbers(weight), _numbers(bias), _like(residual, x), y, mask,
         statistics, fixed=fixed, needs_x=needs[0], needs_params=needs[1] or needs[2], needs_residual=needs[3],
     )  # fmt: skip

@@ -117,7 +117,7 @@ def apply(
     if is_plain():
         recipe = compiled.recipe_of(x, view, formula, weight is not None or bias is not None, mean, var)
     if recipe is not None:
-        moved = running if running is not None and recipe.tracks(running, mask) else None
+        moved = running if running is not None and recipe.tracks(x, running, mask) else None
         y, statistics = compiled.normalize(recipe, x, weight, bias, residual, mean, var, mask, moved)
         done = Normalized(y, view, recipe, statistics)
         if way is not None and mask is None and (running is None or moved is not None):

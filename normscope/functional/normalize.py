@@ -13,7 +13,7 @@ from normscope import kernels
 from normscope.errors import ArgumentError, ShapeError
 from normscope.functional import compiled, shortcut
 from normscope.functional.core import View, apply, check_degenerate, check_dtype, view_of
-from normscope.kernels import COMPUTE_DTYPE, cpu, eager
+from normscope.kernels import COMPUTE_DTYPE, eager
 from normscope.kernels.formula import Formula
 from normscope.scope import Plan, make_plan
 
@@ -167,8 +167,9 @@ def plan(x: Tensor, scope: str, **sizes: int) -> Plan:
     check_dtype(x, "plan")
     view = view_of(x, scope, sizes)
     layout = compiled.layout_of(x, view, view.channels or ())
-    compiled_loops, torch_operators = kernels.backends()
-    backend, passes = (torch_operators, eager.PASSES) if layout is None else (compiled_loops, cpu.passes(layout))
+    module = eager if layout is None else compiled.backend_of(x)
+    backend = kernels.backends().named(module.__name__.rpartition(".")[2])
+    passes = eager.PASSES if layout is None else module.passes(layout)
     return dataclasses.replace(
         make_plan(view.scope, tuple(x.shape), x.stride(), sizes),
         itemsize=x.element_size(),

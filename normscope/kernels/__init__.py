@@ -48,6 +48,10 @@ class Backends(tuple[Backend, ...]):
             for backend in self
         )
 
+    def named(self, name: str) -> Backend:
+        """The one of a name."""
+        return next(backend for backend in self if backend.name == name)
+
     def usable(self) -> Iterator[Backend]:
         """Those that can run here."""
         return (backend for backend in self if backend.usable)
@@ -63,11 +67,19 @@ def backends() -> Backends:
         >>> import normscope as ns
         >>> print(ns.backends())
         usable   cpu      cpu    compiled loops (...), float32, bfloat16 and float16, dense tensors
+        ...      triton   cuda   ...
         usable   eager    any    torch operators, every dtype, layout and transformation
     """
-    from normscope.kernels import cpu
+    from normscope.kernels import cpu, triton
 
-    missing = cpu.missing()
     serves = "float32, bfloat16 and float16, dense tensors"
-    reason = f"compiled loops ({cpu.isa()}), {serves}" if missing is None else missing
-    return Backends([Backend("cpu", missing is None, "cpu", reason), _EAGER])
+    missing, no_gpu = cpu.missing(), triton.missing()
+    loops = f"compiled loops ({cpu.isa()}), {serves}" if missing is None else missing
+    gpu = f"{'its interpreter on the CPU, for tests' if triton.interpreted() else 'compiled for the GPU'}, {serves}"
+    return Backends(
+        [
+            Backend("cpu", missing is None, "cpu", loops),
+            Backend("triton", no_gpu is None, "cuda", gpu if no_gpu is None else no_gpu),
+            _EAGER,
+        ]
+    )

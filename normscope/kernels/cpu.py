@@ -23,6 +23,7 @@ __all__ = [
     "FUSED",
     "Door",
     "Layout",
+    "Loops",
     "autograd_missing",
     "backward",
     "door",
@@ -30,10 +31,12 @@ __all__ = [
     "forward",
     "isa",
     "layout_of",
+    "loops_of",
     "missing",
     "normalize",
     "passes",
     "recipe",
+    "serves",
     "unflat",
     "update",
 ]
@@ -66,6 +69,11 @@ def missing() -> str | None:
     except OSError as error:
         return f"built for another torch ({error}): reinstall normscope"
     return None
+
+
+def serves(x: Tensor) -> bool:
+    """Whether these kernels compute on a tensor's device."""
+    return x.is_cpu and missing() is None
 
 
 def autograd_missing() -> str | None:
@@ -112,6 +120,22 @@ class Layout(NamedTuple):
     params: tuple[int, ...]
 
 
+class Loops(NamedTuple):
+    """The order of the loops for a dense tensor.
+
+    Attributes:
+        numbers: The twenty integers of plan.h.
+        sets: As in `Layout`, like the others.
+        set_count: How many sets there are.
+        params: Positions of the parts along which the parameters vary.
+    """
+
+    numbers: tuple[int, ...]
+    sets: tuple[int, ...]
+    set_count: int
+    params: tuple[int, ...]
+
+
 class _Axis(NamedTuple):
     size: int
     stride: int
@@ -141,6 +165,28 @@ def layout_of(
         varies: Whether weight or bias vary along each part.
         given: Whether it is for moments that are given; only the order of the loops differs.
     """
+    loops = loops_of(shape, strides, inside, varies, GIVEN_SHORT_RUN if given else SHORT_RUN, TINY_RUN)
+    return None if loops is None else Layout(torch.ops.normscope.plan(loops.numbers), *loops[1:])
+
+
+def loops_of(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    inside: tuple[int, ...],
+    varies: tuple[bool, ...],
+    short_run: int,
+    tiny_run: int,
+) -> Loops | None:
+    """The loops for a tensor, or None when it is not dense or its scope is too ragged.
+
+    Args:
+        shape: Sizes of the parts.
+        strides: Strides of the parts.
+        inside: Positions of the averaged parts.
+        varies: Whether weight or bias vary along each part.
+        short_run: Runs inside S that are shorter are columns of an across loop.
+        tiny_run: The same where a set is a single run.
+    """
     order = sorted((i for i, size in enumerate(shape) if size != 1), key=lambda i: -strides[i])
     params = tuple(i for i in order if varies[i])
     step, param, axes = 1, 1, []
@@ -150,11 +196,11 @@ def layout_of(
         axes.append(_Axis(shape[i], step, i in inside, varies[i], param if varies[i] else 0))
         step *= shape[i]
         param *= shape[i] if varies[i] else 1
-    plan = _plan(_merged(axes[::-1]), GIVEN_SHORT_RUN if given else SHORT_RUN)
-    if plan is None:
+    numbers = _plan(_merged(axes[::-1]), short_run, tiny_run)
+    if numbers is None:
         return None
     sets = tuple(i for i in order if i not in inside)
-    return Layout(torch.ops.normscope.plan(plan), sets, math.prod(shape[i] for i in sets), params)
+    return Loops(numbers, sets, math.prod(shape[i] for i in sets), params)
 
 
 def _merged(axes: Sequence[_Axis]) -> list[_Axis]:
@@ -167,7 +213,7 @@ def _merged(axes: Sequence[_Axis]) -> list[_Axis]:
     return merged
 
 
-def _plan(axes: list[_Axis], short_run: int) -> tuple[int, ...] | None:
+def _plan(axes: list[_Axis], short_run: int, tiny_run: int) -> tuple[int, ...] | None:
     if not axes:
         return None
     *outer, inner = axes
@@ -176,7 +222,7 @@ def _plan(axes: list[_Axis], short_run: int) -> tuple[int, ...] | None:
     if across:
         column, inner = inner, _ONE
     elif not (outer and outer[-1].inside):
-        across = inner.size < (short_run if any(axis.inside for axis in outer) else TINY_RUN)
+        across = inner.size < (short_run if any(axis.inside for axis in outer) else tiny_run)
         if across:
             fold = inner.size
             column = outer.pop() if outer else _ONE

@@ -40,6 +40,8 @@ def print_benchmark(record: Benchmark, console: Console) -> None:
         tables.append(_cases(record.cases))
     if any(case.compiled for case in record.cases):
         tables.append(_compiled(record.cases))
+    if any(_liger(case) for case in record.cases):
+        tables.append(_against_liger(record.cases))
     if record.models:
         tables.append(_models(record.models))
     disturbed = sum(not case.calm for case in record.cases) + sum(not model.calm for model in record.models)
@@ -90,6 +92,17 @@ def _compiled(cases: Sequence[NormSpeed]) -> Table:
     for case in cases:
         if case.compiled is not None:
             table.add_row(_name(case), *_figure(case.compiled))
+    return table
+
+
+def _liger(case: NormSpeed) -> bool:
+    return any(timing.name == "liger" for timing in case.timings)
+
+
+def _against_liger(cases: Sequence[NormSpeed]) -> Table:
+    table = _table("Liger's norm and ReLU in place / ours, forward + backward.", "against Liger", ("×",))
+    for case in filter(_liger, cases):
+        table.add_row(_name(case), f"{case.time('liger') / case.time('ours'):.2f}")
     return table
 
 
