@@ -51,6 +51,7 @@ from normscope.surgery import freeze, recalibrate, state_hash
 
 T = Thresholds()
 HARM = Effect(Interval(5.0, 4.0, 6.0, "pp"), None, "E")
+GAP = Effect(Interval(21.7, 15.0, 29.0, "pp"), None, "E", 21.7)
 NO_HARM = Effect(Interval(0.0, -0.1, 0.1, "pp"), None, "I")
 
 
@@ -1119,6 +1120,9 @@ FIRES = [
     ("NRM106", measured(layer(momentum=-0.1)), "warn"),
     ("NRM113", measured(layer(mean=0.5), reference=reference(equal=("bn",)), recalibrated=HARM), "fail"),
     ("NRM113", measured(average="AveragedModel(use_buffers=False)", recalibrated=HARM), "fail"),
+    ("NRM114", measured(drift={"bn": drift(0.03, False)}, recalibrated=GAP, shares={"bn": 0.9}), "fail"),
+    ("NRM114", measured(batch=GAP, batch_shares={"bn": 0.9}), "fail"),
+    ("NRM114", measured(TRAINING, **LARGE, small=GAP), "warn"),
     ("NRM201", measured(dependence=Dependence("predict", 0.4, 0.0, layers=("bn",)), predicted=HARM), "fail"),
     ("NRM201", measured(dependence=Dependence("predict", 0.4, 0.0, layers=("bn",))), "warn"),
     ("NRM201", measured(dependence=Dependence("predict", alone="Expected more", layers=("bn",))), "warn"),
@@ -1128,7 +1132,7 @@ FIRES = [
     ("NRM204", measured(HELD, training=True), "warn"),
     ("NRM204", measured(HELD, training=True, steps=steps(0.1)), "warn"),
     ("NRM205", measured(layer(tracks=False)), "fail"),
-    ("NRM208", measured(mutation=Mutation("evaluate", ("bn.running_mean",))), "fail"),
+    ("NRM208", measured(mutation=Mutation(("bn.running_mean",))), "fail"),
     ("NRM210", measured(Layer("bn", "BatchNorm", running=False)), "warn"),
     ("NRM210", measured(functional=(FunctionalCall("batch_norm", "block", True),)), "warn"),
     ("NRM301", measured(TRAINING, sites=(Site("bn", 0, (32, 10), 32.0),), batch_size=2), "fail"),
@@ -1139,6 +1143,7 @@ FIRES = [
     ("NRM304", measured(TRAINING, **DESIGN, small=HARM), "fail"),
     ("NRM304", measured(TRAINING, **DESIGN, small=NO_HARM), "warn"),
     ("NRM304", measured(**DESIGN, drift={"bn": drift()}, recalibrated=HARM), "warn"),
+    ("NRM304", measured(**DESIGN, batch=HARM), "fail"),
     ("NRM602", measured(reference=reference(initial=("bn",)), recalibrated=HARM), "fail"),
     ("NRM602", measured(reference=reference(initial_there=("bn",), theirs=HARM)), "fail"),
     ("NRM607", measured(roundtrip=RoundTrip(("bn",), 0.3)), "fail"),
@@ -1149,6 +1154,12 @@ FIRES = [
 ]
 
 SILENT = [
+    ("NRM114", measured(drift={"bn": drift(0.03, False)}, recalibrated=HARM), "pass"),
+    ("NRM114", measured(drift={"bn": drift()}, recalibrated=GAP), "pass"),
+    ("NRM114", measured(layer(), **LARGE, small=GAP), "pass"),
+    ("NRM114", measured(TRAINING, **NOISY, small=GAP), "pass"),
+    ("NRM114", measured(TRAINING, **LARGE, small=Effect(Interval(0.2, 0.1, 0.3, "loss"), None, "E", 9.0)), "pass"),
+    ("NRM114", measured(recalibrated=Effect(), score_problem="neither loss nor metric was passed"), "could-not-check"),
     ("NRM101", measured(layer(var=0.0)), "pass"),
     ("NRM101", measured(layer(var=1e6)), "pass"),
     ("NRM102", measured(layer(seen=0, bias=np.zeros(10))), "pass"),
@@ -1186,7 +1197,7 @@ SILENT = [
     ("NRM204", measured(HELD, training=False), "info"),
     ("NRM204", measured(HELD, training=True, learns=False), "not-applicable"),
     ("NRM205", measured(layer()), "pass"),
-    ("NRM208", measured(mutation=Mutation("evaluate", (), 3)), "pass"),
+    ("NRM208", measured(mutation=Mutation((), 3)), "pass"),
     ("NRM208", measured(), "needs-input"),
     ("NRM210", measured(functional=(FunctionalCall("batch_norm", "block", False),)), "pass"),
     ("NRM301", measured(layer(), batch_size=2), "not-applicable"),
@@ -1441,3 +1452,23 @@ def test_an_intent_that_no_rule_reads_is_refused(trained):
     with pytest.raises(ArgumentError, match="bn-frozen-throughout, caffe-folded-frozenbn") as caught:
         check(trained, batches(), intent="zero-init-residual")
     assert str(caught.value).startswith("intent 'zero-init-residual' is unknown")
+
+
+@pytest.mark.parametrize(("seconds", "budget", "few"), [(0.0, 60, 8), (0.01, 2, 2)])
+def test_questions_to_a_few_samples_take_fewer_where_forwards_are_slow(seconds, budget, few):
+    """Sixteen forwards of 8 samples at 10 ms each would be most of 2 s."""
+    sizes = []
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            sizes.append(len(x))
+            time.sleep(seconds * len(x))
+            return self.norm(x)
+
+    check(Slow().eval(), [torch.randn(16, 6) for _ in range(6)], budget=budget)
+    asked = [size for size in sizes if size < 16]
+    assert max(asked[:4]) == few

@@ -336,6 +336,7 @@ SILENT = [
         "pass",
     ),
     ("NRM405", measured(layer(var=1e-9), own={"bn": moments(var=1e-9)}, recalibrated=HARM), "pass"),
+    ("NRM405", measured(layer(var=-1e-6), own={"bn": moments()}, recalibrated=HARM), "pass"),
     (
         "NRM406",
         measured(layer(var=1.1), sites=(Site("bn", 0, (32, 10), 32.0, dropout=True),), seen={"bn": moments()}),
@@ -350,6 +351,7 @@ SILENT = [
     ("NRM501", measured(layer(eps=1e-12), sites=(dataclasses.replace(HALF, dtype="bfloat16", finite=True),)), "pass"),
     ("NRM501", measured(layer(eps=1e-12)), "not-applicable"),
     ("NRM502", measured(), "pass"),
+    ("NRM502", measured(layer(var=-1e-6)), "pass"),
     ("NRM502", measured(layer(var=1e-7, weight=np.zeros(10))), "pass"),
     ("NRM503", measured(seen={"bn": ranged(-2e4, 1.0, dtype="bfloat16")}), "not-applicable"),
     ("NRM503", measured(seen={"bn": ranged(-200.0, 1.0, dtype="float16")}), "pass"),

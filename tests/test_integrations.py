@@ -1,7 +1,12 @@
 """The callbacks look on: the same training bit for bit, with and without, in the real libraries where they are."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,6 +256,35 @@ def test_a_training_that_breaks_leaves_a_hook_that_the_next_one_takes_away(tmp_p
     assert hooks(model) == 1
     callback.on_train_end(None, trainer.state, None, model=model)
     assert hooks(model) == 0
+
+
+# --- two ranks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", ["lightning", "transformers"])
+def test_every_rank_checks_its_own_copy_and_trains_the_same(library, tmp_path):
+    pytest.importorskip(library)
+    worker = Path(__file__).with_name("callbacks_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker]
+    root = os.pathsep.join([str(Path(ns.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": root}
+    done = subprocess.run(
+        [*command, library, tmp_path], capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    for rank in told:
+        assert rank["ranks"] == 2
+        assert rank["watched"] == rank["alone"]  # weights, statistics and random numbers, bit for bit
+        assert rank["moments"] == [["epoch", 8, 1], ["epoch", 16, 2]]
+        assert set(rank["compared"]) <= {"pass", "warn", "fail"}  # both ranks came
+        assert all(rank["scored"])
+    if library == "lightning":  # in training mode one rank would wait for the other for good
+        for rank in told:
+            checks, messages = rank["synchronized"]
+            assert checks == 0
+            assert all("synchronized normalizers would wait" in text for text in messages)
+            assert messages
 
 
 def test_the_package_needs_neither():

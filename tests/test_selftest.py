@@ -13,10 +13,13 @@ from torch import nn
 
 import normscope as ns
 from normscope import cli, records
-from normscope.doctor import defects, sensitivity
+from normscope.doctor import defects, examination, gates, probe, sensitivity
 from normscope.doctor.defects import DEFECTS
+from normscope.doctor.measurements import Effect
+from normscope.doctor.patient import Patient
+from normscope.doctor.rules import base
 from normscope.errors import ArgumentError, DataError
-from normscope.records import SelfTest
+from normscope.records import Interval, SelfTest
 from normscope.surgery import state_hash
 
 CENTRES = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)) * 2
@@ -68,9 +71,7 @@ def whole(trained):
 def test_every_defect_is_seen_in_a_sound_model(whole):
     assert whole.passed
     status = {s.defect: s.status for s in whole.record.sensitivities}
-    # What costs nothing in so small a network is noticed as information.
-    free = {"unconverged", "changed-weights", "lost-buffers"}
-    assert {name for name in status if status[name] != "seen"} <= free
+    assert {name for name in status if status[name] != "seen"} <= FREE
     assert set(status.values()) <= {"seen", "no-cost"}
     assert list(status) == [d.name for d in DEFECTS]
     assert not [f for f in whole.record.control if f.severity != "I"]
@@ -147,6 +148,92 @@ def test_what_no_rule_sees_is_not_seen(trained, monkeypatch):
     assert (found.status, len(found.trials), report.passed) == ("not-seen", 1, False)
     assert found.missed.size == max(DEFECTS[0].sizes)
     assert found.reason.startswith("NRM103: ")
+
+
+# --- a doctor that is broken --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    """Put another judge into rules: replace({"NRM103": judge})."""
+    known = ns.doctor.RULES
+
+    def replace(judges):
+        for code, judge in judges.items():
+            monkeypatch.setitem(known, code, dataclasses.replace(known[code], judge=judge))
+
+    return replace
+
+
+SEEING = {code for defect in DEFECTS for code in defect.rules}
+# What costs nothing in so small a network is noticed as information at most.
+FREE = {"unconverged", "changed-weights", "lost-buffers"}
+
+
+def silent(m, t):
+    return base.fine("all is well")
+
+
+def raising(m, t):
+    raise ZeroDivisionError
+
+
+def elsewhere(m, t):
+    return base.alarm("E", "something else", ("one",))
+
+
+@pytest.mark.parametrize("judge", [silent, raising, elsewhere], ids=lambda judge: judge.__name__)
+def test_rules_that_see_nothing_or_blame_others_are_found_out(trained, rules, judge):
+    rules(dict.fromkeys(SEEING, judge))
+    report = ns.selftest(trained, batches())
+    status = {s.defect: s.status for s in report.record.sensitivities}
+    assert {name for name in status if status[name] != "not-seen"} <= FREE
+    assert len([name for name in status if status[name] == "not-seen"]) >= len(DEFECTS) - len(FREE)
+    assert not report.passed
+
+
+@pytest.mark.parametrize("defect", [d for d in DEFECTS if d.name not in FREE], ids=lambda d: d.name)
+def test_one_silent_rule_is_found_out_where_no_other_can_see(trained, rules, defect):
+    rules(dict.fromkeys(defect.rules, silent))
+    assert ns.selftest(trained, batches(), defects=defect.name)[defect.name].status == "not-seen"
+
+
+def test_an_alarm_whatever_comes_proves_nothing(trained, rules):
+    rules(dict.fromkeys(SEEING, lambda m, t: base.alarm("E", "trouble", [x.name for x in m.layers])))
+    report = ns.selftest(trained, batches())
+    assert {s.status for s in report.record.sensitivities} == {"masked"}
+    assert {f.code for f in report.record.control if f.severity == "E"} >= SEEING
+
+
+def test_a_doctor_that_prices_everything_at_nothing_is_found_out(trained, monkeypatch):
+    """Its rules then call information what costs dozens of points; a plain comparison with the untouched copy tells."""
+    nothing = Effect(Interval(0.0, -0.1, 0.1, "pp"), None, "I")
+    monkeypatch.setattr(gates, "effect", lambda *_, **__: nothing)
+    report = ns.selftest(trained, batches(), defects=["shifted-mean", "scaled-variance"])
+    assert [s.status for s in report.record.sensitivities] == ["not-seen"] * 2
+
+
+def test_recalibration_that_does_nothing_is_found_out(trained, monkeypatch):
+    """The state to compare with is the harmed one itself, so that nothing seems to be lost."""
+    monkeypatch.setattr(Patient, "with_statistics", lambda self, *_: self.evaluating())
+    report = ns.selftest(trained, batches(), defects=["shifted-mean", "scaled-variance"])
+    assert [s.status for s in report.record.sensitivities] == ["not-seen"] * 2
+
+
+def test_a_doctor_that_leaves_traces_is_found_out(trained, monkeypatch):
+    examined = probe.Probe.run
+
+    def run(self):
+        found = examined(self)
+        self.patient.model.bn1.running_mean += 1
+        return found
+
+    monkeypatch.setattr(probe.Probe, "run", run)
+    monkeypatch.setattr(examination, "bring_back", lambda *_: None)
+    before = state_hash(trained)
+    with pytest.raises(ns.StateNotRestoredError):
+        ns.selftest(trained, batches(), defects="shifted-mean")
+    assert state_hash(trained) == before  # only the copy was harmed
 
 
 def test_what_costs_nothing_is_said_to(trained):
@@ -310,7 +397,7 @@ def test_the_exit_codes(run, tmp_path):
 
 def test_a_model_that_is_not_restored_ends_with_3(run, monkeypatch):
     def spoiled(*_, **__):
-        raise ns.StateNotRestoredError("NRM904: not restored")
+        raise ns.StateNotRestoredError("NRM904: not restored", cure="report it")
 
     monkeypatch.setattr(ns.doctor, "selftest", spoiled)
     assert run("--data", "build_loader").exit_code == 3

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normscope.cli.group import FINDINGS, INTERNAL_ERROR, main, progress
+from normscope.cli.group import FINDINGS, main, progress
 from normscope.errors import ArgumentError
 from normscope.records import CheckRecord, FixRecord, to_json
 
@@ -249,24 +249,20 @@ def _examine(given: dict[str, Any]) -> Report:
     }
     make = load.function(given["optimizer"], near)
     with progress(f"checking, ≤ {given['budget']:g} s") as tell, load.their_code():
-        try:
-            return doctor.check(
-                model,
-                loader,
-                **functions,
-                optimizer=None if make is None else make(model),
-                reference=reference,
-                deployment=deployment,
-                **settings.joined(
-                    {"intent": given["intent"], "select": codes(given["select"]), "ignore": codes(given["ignore"])}
-                ),
-                budget=given["budget"],
-                device=load.describe(given["device"]),
-                progress=tell,
-            )
-        except doctor.StateNotRestoredError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(INTERNAL_ERROR)
+        return doctor.check(
+            model,
+            loader,
+            **functions,
+            optimizer=None if make is None else make(model),
+            reference=reference,
+            deployment=deployment,
+            **settings.joined(
+                {"intent": given["intent"], "select": codes(given["select"]), "ignore": codes(given["ignore"])}
+            ),
+            budget=given["budget"],
+            device=load.describe(given["device"]),
+            progress=tell,
+        )
 
 
 def codes(given: tuple[str, ...]) -> list[str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from normscope.cli.doctor import Seconds, codes
-from normscope.cli.group import FINDINGS, INTERNAL_ERROR, main, progress
+from normscope.cli.group import FINDINGS, main, progress
 from normscope.records import to_json
 
 __all__ = ["selftest"]
@@ -57,24 +57,20 @@ def selftest(form: str, **given: Any) -> None:
         loader = load.build_loader(given["data"], near)
     functions: dict[str, Any] = {name: load.function(given[name], near) for name in ("loss", "metric", "forward")}
     with progress(f"self-test, ≤ {given['budget']:g} s") as tell, load.their_code():
-        try:
-            report = doctor.selftest(
-                model,
-                loader,
-                **functions,
-                **settings.joined(
-                    {"intent": given["intent"], "select": codes(given["select"]), "ignore": codes(given["ignore"])}
-                ),
-                defects=given["defects"] or None,
-                layer=given["layer"],
-                budget=given["budget"],
-                check_budget=given["check_budget"],
-                device=load.describe(given["device"]),
-                progress=tell,
-            )
-        except doctor.StateNotRestoredError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(INTERNAL_ERROR)
+        report = doctor.selftest(
+            model,
+            loader,
+            **functions,
+            **settings.joined(
+                {"intent": given["intent"], "select": codes(given["select"]), "ignore": codes(given["ignore"])}
+            ),
+            defects=given["defects"] or None,
+            layer=given["layer"],
+            budget=given["budget"],
+            check_budget=given["check_budget"],
+            device=load.describe(given["device"]),
+            progress=tell,
+        )
     if form == "json":
         click.echo(to_json(report.record), nl=False)
     else:

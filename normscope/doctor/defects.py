@@ -28,7 +28,7 @@ SEED = 0
 # --- single injections --------------------------------------------------------------------------------------------
 
 
-def shift_mean(norm: Any, sigmas: float, channels: slice = slice(None)) -> None:
+def shift_mean(norm: Any, sigmas: float, channels: slice | Tensor = slice(None)) -> None:
     """Move the running mean by so many of its own standard deviations."""
     norm.running_mean[channels] += sigmas * norm.running_var[channels].sqrt()
 

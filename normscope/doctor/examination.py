@@ -42,6 +42,8 @@ MOST_DRAWN, MOST_CHANNELS = 6, 64
 class StateNotRestoredError(NormscopeError, RuntimeError):
     """NRM904: the doctor left the model otherwise than it found it; its findings are void."""
 
+    exit_code = 3  # of the command line
+
 
 def check(
     model: Module,

@@ -191,9 +191,13 @@ def effect(now: Outcome, other: Outcome, t: Thresholds, seed: int = 0) -> Effect
         # A metric that is no number counts as none of it.
         cost = _paired(np.nan_to_num(a, nan=0.0) * scale, np.nan_to_num(b, nan=0.0) * scale, t, seed, unit or "metric")
     if cost is None:
-        return Effect(loss, loss, None if loss is None or other.loss is None else _loss_grade(loss, other.loss, t))
+        if loss is None or other.loss is None:
+            return Effect(loss, loss)
+        errors = _share(loss, other.loss) / t.loss_error if loss.low > 0 else 0.0
+        return Effect(loss, loss, _loss_grade(loss, other.loss, t), errors)
     scale = 1.0 if cost.unit == "pp" else 100.0 / max(abs(float(np.nanmean(_array(other.metric)))), 1e-12)
-    return Effect(cost, loss, _metric_grade(cost, scale, _clear(loss, other, t), t))
+    errors = cost.value * scale / t.cost_error if cost.low > 0 else 0.0
+    return Effect(cost, loss, _metric_grade(cost, scale, _clear(loss, other, t), t), errors)
 
 
 def _clear(loss: Interval | None, other: Outcome, t: Thresholds) -> bool:
@@ -237,9 +241,13 @@ def _metric_grade(cost: Interval, scale: float, proven: bool, t: Thresholds) -> 
     return "W" if (cost.low > 0 or proven) and size >= t.cost_warning else "I"
 
 
-def _loss_grade(loss: Interval, other: Array, t: Thresholds) -> Grade:
+def _share(loss: Interval, other: Array) -> float:
     finite = other[np.isfinite(other)]
-    share = loss.value / max(abs(float(finite.mean())) if len(finite) else 0.0, 1e-12)
+    return loss.value / max(abs(float(finite.mean())) if len(finite) else 0.0, 1e-12)
+
+
+def _loss_grade(loss: Interval, other: Array, t: Thresholds) -> Grade:
+    share = _share(loss, other)
     if loss.low <= 0 or share < t.loss_warning:
         return "I"
     return "E" if share >= t.loss_error else "W"

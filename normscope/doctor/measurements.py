@@ -211,11 +211,13 @@ class Effect:
         cost: In the metric, or in the loss where there is no metric; positive is worse.
         loss: In the loss.
         grade: "E" and "W" by size with an interval that excludes 0, "I" for less; None where nothing was measured.
+        errors: The cost in units of what is worth an error; 0 where its interval includes 0.
     """
 
     cost: Interval | None = None
     loss: Interval | None = None
     grade: Grade | None = None
+    errors: float = 0.0
 
     @property
     def harmful(self) -> bool:
@@ -252,7 +254,6 @@ class Dependence:
 class Mutation:
     """What the user's evaluation changed in the model."""
 
-    call: str
     buffers: tuple[str, ...] = ()
     modes: int = 0
     problem: str = ""
@@ -493,6 +494,7 @@ class Measurements:
         small: What batch statistics lose against recalibrated ones.
         predicted: What the user's own path loses against evaluation mode, or batches of two against whole ones.
         shares: By layer, the share of that loss that it carries; see `normscope.doctor.attribution`.
+        batch_shares: By layer, the share of what batch statistics gain against running ones, or else lose in training.
         coalitions: By set of layers, the share of that loss that recalibrating them gives back.
         estimators: Largest relative difference of the two estimators' variances.
         chance: Accuracy of always answering the most frequent class.
@@ -544,6 +546,7 @@ class Measurements:
     small: Effect = Effect()
     predicted: Effect = Effect()
     shares: Mapping[str, float] = field(default_factory=dict)
+    batch_shares: Mapping[str, float] = field(default_factory=dict)
     coalitions: Mapping[frozenset[str], float] = field(default_factory=dict)
     estimators: float = 0.0
     best_estimator: str = "population"
@@ -589,6 +592,11 @@ class Measurements:
         if self.steps is not None and not self.steps.problem:
             return bool(self.steps.trained)
         return any(layer.training and layer.kind == "BatchNorm" and not layer.held for layer in self.layers)
+
+    @property
+    def running(self) -> tuple[Layer, ...]:
+        """The layers that hold running statistics."""
+        return tuple(x for x in self.layers if x.running and x.mean is not None and x.var is not None)
 
     def layer(self, name: str) -> Layer:
         """A layer by name."""

@@ -85,7 +85,7 @@ class Patient:
             yield
 
     @contextlib.contextmanager
-    def on_batches(self, only: Sequence[str] | None = None) -> Iterator[None]:
+    def on_batches(self, only: Collection[str] | None = None) -> Iterator[None]:
         """Normalizers on batch statistics, everything else, dropout above all, in evaluation mode."""
         with self.keeping(), self.evaluating():
             changed: list[tuple[Any, bool, Any]] = []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,11 +46,16 @@ __all__ = ["Callables", "Probe", "statistics_of"]
 
 # Forwards per batch of each split: two with hooks in A, four in B.
 COST_PER_TRIPLE = 7.0
-# Shares of the budget: what planning may promise, and where the search for layers must have ended.
+# Forwards of a few samples before the plan is made: two for the repeat noise, some fourteen of all sorts behind them.
+FEW_PASSES = 16
+# Shares of the budget: what planning may promise, what questions to a few samples may take, and where the search for
+# layers must have ended.
 PLANNED = 0.6
+QUESTIONS = 0.2
 ATTRIBUTION_ENDS = 0.85
 CANDIDATES = 8
 ATTRIBUTION_BATCHES = 8
+ATTRIBUTION_SAMPLES = 256
 SMALL = 2
 SECOND_LOADER = 0.1
 FEWEST_CUT = 8
@@ -158,6 +164,7 @@ class Probe:
         self._plan()
         self._states()
         self._attribute()
+        self._attribute_batches()
         self._suspects()
         self._leak()
         self._deployment()
@@ -200,14 +207,15 @@ class Probe:
                     output, data = patient.run(first)
             except Exception as error:
                 raise _cannot_run(error, patient.forward is not None) from error
-            self.found["second"] = time.monotonic() - start
-            self.found["repeat"] = self._repeat(first)
+            self.pace = max(time.monotonic() - start, 1e-6) / max(first.size, 1)
+            few = self._few(first)
+            self.found["repeat"] = self._repeat(first, few)
             sites = _with_constants(patient, tracer.sites)
         self.found["sites"] = sites
         self.found["functional"] = tuple(tracer.calls)
         self.found["last"] = tracer.lineage.norms(output)
         self.found["rectified"] = tuple(sorted(tracer.lineage.rectified))
-        self.found["fed"] = linear_before(patient, first)
+        self.found["fed"] = linear_before(patient, few)
         linears = {n: patient.model.get_submodule(n) for n, _ in self.found["fed"].values()}
         self.found["biased"] = tuple(n for n, module in linears.items() if module._parameters.get("bias") is not None)
         self.found["ranges"] = folded_ranges(patient.model, self.found["layers"], self.found["fed"])
@@ -216,12 +224,16 @@ class Probe:
         self._infer(output, data)
         if "dependence" not in self.found:
             with self.home:
-                self.found["dependence"] = dependence(patient, few_of(first), None)
+                self.found["dependence"] = dependence(patient, few, None)
 
-    def _repeat(self, first: Batch) -> float | None:
+    def _few(self, batch: Batch) -> Batch:
+        """The samples for questions that need no more than eight; fewer where forwards are slow."""
+        affordable = self.left * QUESTIONS / (FEW_PASSES * self.pace)
+        return few_of(batch, int(min(FEWEST_CUT, max(SMALL, affordable))))
+
+    def _repeat(self, first: Batch, few: Batch) -> float | None:
         """The relative difference of two runs of a few samples with other random numbers."""
         outputs = []
-        few = few_of(first)
         for seed in (self.seed, self.seed + 1):
             torch.manual_seed(seed)
             try:
@@ -243,9 +255,7 @@ class Probe:
 
     def _plan(self) -> None:
         """Take as many batches as the budget allows, evenly from all splits; of one that is too slow, a part."""
-        second, size = max(self.found.pop("second"), 1e-6), self.cache.batches[0].size
-        self.pace = second / max(size, 1)
-        affordable = self.left * PLANNED / (second * COST_PER_TRIPLE)
+        affordable = self.left * PLANNED / (self.pace * self.cache.batches[0].size * COST_PER_TRIPLE)
         if affordable >= max(len(self.splits.a), 1):
             return
         parts = (self.splits.a, self.splits.b, self.splits.c)
@@ -422,17 +432,55 @@ class Probe:
     # --- P5 -------------------------------------------------------------------------------------------------------
 
     def _attribute(self) -> None:
-        """Which layers carry the loss, the worst drift first."""
+        """Which layers carry what evaluation loses by its statistics, the worst drift first."""
         effect: Effect = self.found.get("recalibrated", Effect())
         drift = self.found["drift"]
-        names = sorted((n for n, d in drift.items() if d.share > 0), key=lambda n: (-drift[n].share, -_size(drift[n])))
+        far = [n for n in drift if drift[n].share > 0] or drift
+        names = sorted(far, key=lambda n: (-drift[n].share, -_size(drift[n])))
         if not effect.harmful or not names:
             return
-        coalitions = self._coalitions(effect)
+        patient, statistics = self.patient, self._recalibrated()
+        coalitions = self._coalitions(
+            effect, ("eval", "recalibrated"), lambda layers: patient.with_statistics(statistics, layers)
+        )
         if coalitions is None:
             return
+        self.found["shares"] = self._searched(coalitions, names)
+        if self._has_time():
+            coalitions.share([name for name in names if drift[name].beyond])
+        self.found["coalitions"] = coalitions.shares
+
+    def _attribute_batches(self) -> None:
+        """Which layers carry what batch statistics gain, or lose in training, the noisiest first."""
+        found, patient = self.found, self.patient
+        own, gains, loses = found["own"], found.get("batch", Effect()), found.get("small", Effect())
+        t, layers = self.thresholds, Measurements(layers=found["layers"], steps=found.get("steps"))
+        if found.get("recalibrated", Effect()).errors >= t.gap or max(gains.errors, loses.errors) < t.gap:
+            return
+        noise = {name: gates.noise_energy(moments, layers.layer(name).eps) for name, moments in own.items()}
+        statistics = self._recalibrated()
+
+        @contextlib.contextmanager
+        def others_on_batches(kept: Collection[str]) -> Iterator[None]:
+            with patient.with_statistics(statistics, kept), patient.on_batches(own.keys() - set(kept)):
+                yield
+
+        if gains.errors >= t.gap:
+            coalitions = self._coalitions(gains, ("eval", "batch statistics"), patient.on_batches)
+        elif layers.trains and max(noise.values()) < t.noise_warning:  # else the noise tells which layers
+            coalitions = self._coalitions(loses, ("batch statistics", "recalibrated"), others_on_batches)
+        else:
+            return
+        if coalitions is not None:
+            found["batch_shares"] = self._searched(coalitions, sorted(noise, key=lambda name: -noise[name]))
+
+    def _recalibrated(self) -> Statistics:
+        return statistics_of(self.found["own"], self.found.get("best_estimator", "population"))
+
+    def _searched(self, coalitions: Coalitions, names: Sequence[str]) -> dict[str, float]:
+        """The shares of the first of these layers, as many as the budget allows."""
         candidates, progress = names[:CANDIDATES], self.patient.progress
-        progress.expect(3 * len(candidates) - 1, min(ATTRIBUTION_BATCHES, len(self.splits.b)))
+        progress.expect(3 * len(candidates) - 1, len(self._part()))
 
         def go_on(k: int) -> bool:
             progress.part = f"P5 attribution, layer {k + 1} of {len(candidates)}"
@@ -441,28 +489,38 @@ class Probe:
                 return False
             return True
 
-        self.found["shares"] = search(coalitions, candidates, self.thresholds.explained, go_on)
-        if self._has_time():
-            coalitions.share([name for name in names if drift[name].beyond])
-        self.found["coalitions"] = coalitions.shares
+        shares = search(coalitions, candidates, self.thresholds.explained, go_on)
         progress.settle()
+        return shares
 
-    def _coalitions(self, effect: Effect) -> Coalitions | None:
-        """Sets of layers to recalibrate on a part of split B; None where that part shows no loss."""
-        patient, b, outcomes = self.patient, thin(self.splits.b, ATTRIBUTION_BATCHES), self.found["outcomes"]
-        statistics = statistics_of(self.found["own"], self.found["best_estimator"])
+    def _part(self) -> tuple[Batch, ...]:
+        """As much of split B as the search scores on: small batches have to be more."""
+        size = max(batch.size for batch in self.splits.b)
+        return thin(self.splits.b, max(ATTRIBUTION_BATCHES, math.ceil(ATTRIBUTION_SAMPLES / size)))
+
+    def _coalitions(
+        self,
+        effect: Effect,
+        states: tuple[str, str],
+        changed: Callable[[Collection[str]], contextlib.AbstractContextManager[None]],
+    ) -> Coalitions | None:
+        """Sets of layers in the better of two states, on a part of split B; None where that part shows no loss."""
+        patient, b, outcomes = self.patient, self._part(), self.found["outcomes"]
+        everyone = frozenset(self.found["own"])
         # What the cost was seen in: a loss may hide what the metric shows, and the other way round.
         by_metric = effect.cost is not None and effect.cost.unit != "loss" and effect.cost.low > 0
 
         def score(layers: Collection[str]) -> float:
-            with patient.with_statistics(statistics, layers):
-                outcome = patient.score(f"P5 attribution, {len(layers)} of {len(statistics)} layers (B)", b)
+            with changed(layers):
+                outcome = patient.score(f"P5 attribution, {len(layers)} of {len(everyone)} layers (B)", b)
             return gates.quality(outcome, by_metric)
 
         whole = len(b) == len(self.splits.b)
-        low = gates.quality(outcomes["eval"], by_metric) if whole else score([])
-        high = gates.quality(outcomes["recalibrated"], by_metric) if whole else score(list(statistics))
-        return Coalitions(score, frozenset(statistics), low, high) if high > low else None
+        low, high = (
+            gates.quality(outcomes[state], by_metric) if whole else score(layers)
+            for state, layers in zip(states, ((), everyone), strict=True)
+        )
+        return Coalitions(score, everyone, low, high) if high > low else None
 
     def _has_time(self) -> bool:
         """Whether the budget allows another candidate of the search: three passes as long as the longest of late."""

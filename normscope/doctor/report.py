@@ -15,6 +15,7 @@ from normscope.doctor.measurements import Measurements
 from normscope.doctor.progress import Tell
 from normscope.errors import ArgumentError
 from normscope.records import CheckRecord, Finding, Severity, Verdict
+from normscope.report import words
 
 __all__ = ["Report"]
 
@@ -117,10 +118,10 @@ class Report:
         lines = [repr(self), self.record.reading]
         for finding in self.findings:
             indent = "    └ " if finding.explained_by else "  "
-            cost = "" if finding.cost is None else f"  [{_cost(finding.cost)}]"
+            cost = "" if finding.cost is None else f"; {_cost(finding.cost)}"
             lines.append(f"{indent}{finding.severity} {finding.code} {finding.name}: {finding.message}{cost}")
         return "\n".join(line for line in lines if line)
 
 
 def _cost(cost: records.Interval) -> str:
-    return f"costs {cost.value:.3g} {cost.unit} ({cost.low:.3g} to {cost.high:.3g})"
+    return f"costs {words.interval(cost)}" if cost.high > 0 else "costs nothing"

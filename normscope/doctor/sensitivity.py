@@ -365,13 +365,30 @@ class _Bench:
         codes = tuple(f.code for f in report.findings if f.code not in known)
         verdicts = [v for v in report.verdicts if v.code in search.defect.rules]
         cost = search.defect.price(report.measurements)
-        silent = cost is not None and cost.low <= 0
-        if alarm is None and not search.trials and (silent or any(v.status == "info" for v in verdicts)):
+        silent = (cost is not None and cost.low <= 0) or any(v.status == "info" for v in verdicts)
+        if alarm is None and not search.trials and silent and not self._is_felt(search, report):
             search.status = "no-cost"
         spent = time.monotonic() - begun
         cost = cost or (None if alarm is None else alarm.cost)
         trial = Trial(size, None if alarm is None else alarm.severity, codes, cost, spent)
         search.note(place, trial, f"{verdicts[0].code}: {verdicts[0].reason}")
+
+    def _is_felt(self, search: _Search, report: Report) -> bool:
+        """Whether evaluation lost, by a plain comparison with the untouched copy, what the doctor has to see.
+
+        The same samples are in both splits B. The doctor's own price is what may be broken.
+        """
+        before, after = (m.outcomes.get("eval") for m in (self.body.control, report.measurements))
+        if search.defect.control is not as_is or before is None or after is None:
+            return False
+        t: Thresholds = self.options["thresholds"]
+        if before.metric is not None and after.metric is not None:
+            level, lost, share = before.metric.mean(), (before.metric.mean() - after.metric.mean()), t.cost_error / 100
+        elif before.loss is not None and after.loss is not None:
+            level, lost, share = before.loss.mean(), (after.loss.mean() - before.loss.mean()), t.loss_error
+        else:
+            return False
+        return bool(lost > t.gap * share * abs(level))
 
     def _examine(self, exposure: Exposure) -> Report:
         begun = time.monotonic()

@@ -183,4 +183,5 @@ def eps_share(layer: Layer, t: Thresholds) -> float:
         return 0.0
     weight = np.ones_like(layer.var) if layer.weight is None else np.abs(layer.weight)
     live = weight > t.gamma_zero * max(float(weight.max(initial=0.0)), 1e-30)
-    return float(((layer.var < t.eps_times * layer.eps) & live).mean())
+    # A variance below 0 is none that ε could dominate.
+    return float(((layer.var >= 0) & (layer.var < t.eps_times * layer.eps) & live).mean())

@@ -39,6 +39,10 @@ class Thresholds:
     )
     drift_var: float = _because(math.log(1.5), "|ln ratio|; 1.5 is 22 % of the output's scale")
     drift_share: float = _because(0.1, "share of channels beyond both before a layer counts as drifted (gate 2)")
+    gap: float = _because(
+        5.0,
+        "times an error; then a loss is told though no layer stands out; batches of 16 cost healthy networks 3 to 4",
+    )
     residual_warning: float = _because(0.01, "weight of the initial values; 44 batches reach it at momentum 0.1")
     residual_error: float = _because(0.1, "weight of the initial values; a tenth of the statistic was never data")
     momentum_high: float = _because(0.5, "0.001–0.1 is torch's practice, 0.9–0.999 are the numbers of other libraries")

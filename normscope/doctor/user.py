@@ -156,10 +156,10 @@ def evaluate_once(model: Module, evaluate: Callable[[Module], Any], home: Snapsh
         try:
             evaluate(model)
         except Exception as error:
-            return Mutation("evaluate", problem=f"evaluate raised {type(error).__name__}: {error}")
+            return Mutation(problem=f"evaluate raised {type(error).__name__}: {error}")
         changed = tuple(path for path in home.changed() if path in names)
         flipped = sum(m.training != was for m, was in zip(model.modules(), modes, strict=False))
-    return Mutation("evaluate", changed, flipped)
+    return Mutation(changed, flipped)
 
 
 def round_trip(

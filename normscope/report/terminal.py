@@ -127,6 +127,8 @@ def _share(record: CheckRecord, finding: Finding) -> str:
     explained = words.share(record, finding)
     if explained or finding.cost is None:
         return explained or "cost not measured"
+    if finding.cost.high <= 0:
+        return "costs nothing"
     cost = words.interval(finding.cost)
     # The interval of the whole cost stands in the table above.
     return f"costs {cost.partition(' [')[0] if finding.cost == record.cost else cost}"

@@ -578,6 +578,64 @@ def nrm113(role, case):
     return f
 
 
+def contrasts(batch_list, seed, each=False):
+    """Every batch, or every sample, with a contrast and a brightness of its own, as of another camera."""
+    generator = torch.Generator().manual_seed(5 + seed)
+    made = []
+    for x, y in batch_list:
+        shape = (len(x) if each else 1,) + (1,) * (x.dim() - 1)
+        gain, shift = torch.exp(torch.randn(shape, generator=generator)), 3 * torch.randn(shape, generator=generator)
+        made.append((gain * x + shift, y))
+    return made
+
+
+@functools.cache
+def trained_on_contrasts(kind, seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Net(kind)
+        train(model, lambda step: contrasts([sample(kind, seed, BATCH, 100 + step)], step)[0], STEPS)
+        return state(model)
+
+
+@functools.cache
+def trained_deep(seed):
+    """Ten normalizers one after the other, each a little noisy with batches of few samples."""
+    widths = [(3, 16, 1)] + [(16, 16, 1)] * 9
+
+    def made():
+        blocks = [Block(nn.Conv2d(a, b, 3, s, 1, bias=False), nn.BatchNorm2d(b)) for a, b, s in widths]
+        return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return train(made(), lambda step: sample("conv", seed, 4, 100 + step), 2 * STEPS, 0.02)
+
+
+@fixture("NRM114")
+def nrm114(role, case):
+    if role == "clean":
+        return base(case)
+    if role == "near-miss" or case.seed % 3 == 1:
+        model = case.model(trained_on_contrasts(case.kind, case.seed))
+        f = Fixture(model, contrasts(case.batches(), case.seed), layers=norms(model))
+        if role == "near-miss" and case.odd:
+            f.options["intent"] = ("tta-bn/adabn",)
+        elif role == "near-miss":  # many contrasts in every batch: bad whatever the statistics
+            f.loader = contrasts(case.batches(), case.seed, each=True)
+            ns.recalibrate(model, contrasts(case.batches(stream=50), case.seed, each=True), progress=False)
+        return f
+    if case.seed % 3 == 2 and case.kind == "conv":
+        model = copy.deepcopy(trained_deep(case.seed)).train()
+        return Fixture(model, case.batches(count=480, size=4), layers=norms(model))
+    f = base(case, healthy=case.model())
+    name = case.middle(f.model)
+    bn, f.layers = f.model.get_submodule(name), (name,)
+    few = bn.weight.abs().topk((bn.num_features - 1) // 10).indices  # fewer than a tenth of the channels
+    shift_mean(bn, -30, few)
+    return f
+
+
 @fixture("NRM602")
 def nrm602(role, case):
     past, student = case.past, case.model()

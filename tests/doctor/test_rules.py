@@ -33,6 +33,16 @@ def test_rule(rule, role):
         assert r.restored >= 0.9 * r.loss
 
 
+@pytest.mark.parametrize(("seed", "said"), [(1, "evaluation loses"), (2, "training mode loses")])
+def test_every_sort_of_gap_is_told_with_its_layers(seed, said):
+    """Seed 0 is the third sort, one channel far off; batches of 4 through ten normalizers are the report's own."""
+    r = examine("NRM114", "defect", "conv", seed)
+    assert r.severity in ("E", "W")
+    assert said in r.reason
+    assert "most of it: " in r.reason
+    assert r.placed
+
+
 @pytest.mark.parametrize("rule", FIXTURES)
 def test_fixtures_are_the_same_every_time(rule):
     a, b = (build(rule, "defect", kind_of(rule), SEED) for _ in range(2))

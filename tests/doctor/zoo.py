@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import normscope as ns
 from normscope import data as package_data
 from normscope.doctor import check
 from normscope.surgery import state_hash
@@ -81,11 +82,14 @@ class Recurrent(nn.Module):
         return self.head(self.norm(x if self.every else x[:, -1]))
 
 
-def mlp_bn(c, s, k):
-    layers = [nn.Flatten()]
-    for a, b in ((c * s * s, 64), (64, 64)):
-        layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(64, k))
+def mlp(norm):
+    def make(c, s, k):
+        layers = [nn.Flatten()]
+        for a, b in ((c * s * s, 64), (64, 64)):
+            layers += [nn.Linear(a, b), norm(b), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(64, k))
+
+    return make
 
 
 def plain(norm):
@@ -105,8 +109,24 @@ def rows_transformer(c, s, k):
     return Transformer(nn.Sequential(Rows(), nn.Linear(c * s, 32)), s, k)
 
 
+class Places(nn.Module):
+    """A map as a sequence of its places."""
+
+    def forward(self, x):
+        return x.flatten(2).transpose(1, 2)
+
+
+def mixed(c, s, k):
+    """Convolutions with BatchNorm, then a transformer with LayerNorm over what they leave."""
+    blocks = (conv(c, 16, nn.BatchNorm2d, 1 if s < 16 else 2), conv(16, 32, nn.BatchNorm2d, 2))
+    side = (s if s < 16 else s // 2) // 2
+    return Transformer(nn.Sequential(*blocks, Places()), side * side, k)
+
+
 IMAGES = {
-    "MLP, BatchNorm": mlp_bn,
+    "MLP, BatchNorm": mlp(nn.BatchNorm1d),
+    "MLP, RMSNorm": mlp(nn.RMSNorm),
+    "convolutions with BatchNorm, transformer with LayerNorm": mixed,
     "convolutions, BatchNorm": plain(nn.BatchNorm2d),
     "residual, BatchNorm": residual_bn,
     "convolutions, GroupNorm": plain(lambda c: nn.GroupNorm(4, c)),
@@ -115,6 +135,12 @@ IMAGES = {
     "LSTM, LayerNorm": lambda c, s, k: Recurrent(Rows(), c * s, k, nn.LayerNorm),
     "LSTM, BatchNorm": lambda c, s, k: Recurrent(Rows(), c * s, k, nn.BatchNorm1d),
 }
+# Trained in other ways, on the digits alone: see `raised`.
+RAISED = (
+    "student of a teacher, BatchNorm",
+    "new head on a frozen backbone, BatchNorm",
+    "generator of a GAN, BatchNorm",
+)
 TEXT = {
     "transformer, LayerNorm": lambda k: Transformer(nn.Embedding(k, 32), 32, k, causal=True),
     "LSTM, LayerNorm": lambda k: Recurrent(nn.Embedding(k, 32), 32, k, nn.LayerNorm, every=True),
@@ -145,7 +171,7 @@ def data_sets():
 
 
 def names_for(data):
-    return list(TEXT if data == "text" else IMAGES)
+    return list(TEXT if data == "text" else IMAGES) + list(RAISED if data == "digits" else ())
 
 
 def pictures(x, top):
@@ -210,24 +236,77 @@ def build(data, name, steps=None, seed=0):
     steps = steps or {"digits": 300, "CIFAR-10": 600, "text": 400}.get(data, 400)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        x, y = pairs[0]
+        if name in RAISED:
+            return raised(name, pairs, steps)
+        x, _ = pairs[0]
         model = (
             TEXT[name](int(pairs.tensors[0].max()) + 1) if data == "text" else IMAGES[name](x.shape[0], x.shape[-1], 10)
         )
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.01)
-        done = 0
-        while done < steps:
-            for x, y in loader(pairs, 64, seed + done):
-                if done >= steps or len(x) < 64:
-                    break
-                for group in optimizer.param_groups:
-                    group["lr"] = 1e-2 * min(1.0, (done + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * done / steps))
-                optimizer.zero_grad()
-                loss_of(model(x), y).mean().backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                done += 1
+        return learn(model.parameters(), pairs, steps, lambda x, y: loss_of(model(x), y).mean(), model, seed=seed)
+
+
+def learn(parameters, pairs, steps, loss, model, seed=0):
+    """AdamW with a warm-up towards a rate of zero; `loss(x, y)` of a batch."""
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.01)
+    model.train()
+    done = 0
+    while done < steps:
+        for x, y in loader(pairs, 64, seed + done):
+            if done >= steps or len(x) < 64:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * min(1.0, (done + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * done / steps))
+            optimizer.zero_grad()
+            loss(x, y).backward()
+            nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), 1.0)
+            optimizer.step()
+            done += 1
     return model.eval()
+
+
+def raised(name, pairs, steps):
+    """A model that is not simply trained on labels."""
+    made = plain(nn.BatchNorm2d)(1, 8, 10)
+    if name.startswith("generator"):
+        return generator(pairs, steps)
+    learn(made.parameters(), pairs, steps, lambda x, y: loss_of(made(x), y).mean(), made)
+    if name.startswith("student"):
+        student = mlp(nn.BatchNorm1d)(1, 8, 10)
+
+        def distilled(x, _):
+            with torch.no_grad():
+                soft = (made(x) / 2).softmax(1)
+            return -(soft * (student(x) / 2).log_softmax(1)).sum(1).mean()
+
+        return learn(student.parameters(), pairs, steps, distilled, student)
+    ns.freeze(made[:3])
+    made[:3].requires_grad_(False)
+    made[-1].reset_parameters()
+    return learn(made[-1].parameters(), pairs, steps // 2, lambda x, y: loss_of(made(x), y).mean(), made)
+
+
+def generator(pairs, steps):
+    """Of digits, against a discriminator without normalizers; both learn by Adam as in DCGAN."""
+    made = nn.Sequential(
+        nn.Linear(16, 64 * 4), nn.BatchNorm1d(64 * 4), nn.ReLU(), nn.Unflatten(1, (64, 2, 2)),
+        nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.ConvTranspose2d(32, 1, 4, 2, 1),
+    )  # fmt: skip
+    judge = nn.Sequential(
+        nn.Conv2d(1, 32, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(32, 64, 3, 2, 1), nn.LeakyReLU(0.2), nn.Flatten(),
+        nn.Linear(64 * 4, 1),
+    )  # fmt: skip
+    ours, theirs = (torch.optim.Adam(m.parameters(), 1e-3, (0.5, 0.99)) for m in (made, judge))
+    real = pairs.tensors[0]
+    for _ in range(2 * steps):
+        x, z = real[torch.randint(len(real), (64,))], torch.randn(64, 16)
+        theirs.zero_grad()
+        (F.softplus(-judge(x)) + F.softplus(judge(made(z).detach()))).mean().backward()
+        theirs.step()
+        ours.zero_grad()
+        F.softplus(-judge(made(z))).mean().backward()
+        ours.step()
+    return made.eval()
 
 
 @dataclass
@@ -247,8 +326,11 @@ def examine(data, name, steps=None, seed=0, size=32):
     """Train, check, and try to fix what is not broken."""
     model = build(data, name, steps, seed)
     options = {"loss": per_line, "metric": hits_per_line} if data == "text" else {}
+    given = loader(load(data)[1], size, seed)
+    if name.startswith("generator"):
+        given = list(torch.randn(40, size, 16, generator=torch.Generator().manual_seed(seed)))
     before = state_hash(model)
-    report = check(model, loader(load(data)[1], size, seed), **options)
+    report = check(model, given, **options)
     by = {s: tuple(f.code for f in report.findings if f.severity == s) for s in "EWI"}
     score = next((s.metric.value for s in report.record.scores if s.state == "eval" and s.metric is not None), math.nan)
     fixed = report.fix()

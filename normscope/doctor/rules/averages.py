@@ -8,7 +8,7 @@ import numpy as np
 
 from normscope.doctor import gates
 from normscope.doctor.measurements import Grade, Layer, Measurements
-from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, short, unfit
+from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, several, short, unfit
 from normscope.doctor.suspects import few_values, jitter
 from normscope.doctor.thresholds import Thresholds
 from normscope.doctor.trials import populations
@@ -16,10 +16,6 @@ from normscope.doctor.user import is_initial
 from normscope.records import Interval
 
 __all__: list[str] = []
-
-
-def _running(m: Measurements) -> tuple[Layer, ...]:
-    return tuple(x for x in m.layers if x.running and x.mean is not None and x.var is not None)
 
 
 @rule("NRM105", "ema-too-noisy", causes=("NRM106", "NRM301", "NRM302", "NRM304"), intents=("recalibrating",))
@@ -37,7 +33,7 @@ def noisy(m: Measurements, t: Thresholds) -> Judgement:
     Known false alarms: a loader of smaller batches than the training's: in evaluation mode this is information.
     Fixture: defect: momentum 0.9; near-miss: 0.3 with batches of 512.
     """
-    layers = [x for x in _running(m) if not x.held and x.momentum]
+    layers = [x for x in m.running if not x.held and x.momentum]
     if not layers:
         return unfit("no normalizer averages with a momentum")
     known = {x.name: jitter(x, m.own.get(x.name)) for x in layers}
@@ -46,7 +42,7 @@ def noisy(m: Measurements, t: Thresholds) -> Judgement:
         return fine("running averages are smooth", {"largest jitter in σ": max(known.values())})
     names = sorted(high, key=lambda name: -high[name])
     facts: dict[str, float | str] = {"jitter in σ": high[names[0]]}
-    reason = f"running means of {len(names)} normalizers jitter by {high[names[0]]:.2g} σ: {short(names)}"
+    reason = f"running means of {several(names)} jitter by {high[names[0]]:.2g} σ: {short(names)}"
     spread = None
     if m.noise_of_average is not None:
         # As a share it is a metric, whose standard deviation is one in points.
@@ -81,7 +77,7 @@ def dummy_forward(m: Measurements, _: Thresholds) -> Judgement:
     Known false alarms: constant data.
     Fixture: defect: zeros in training mode; near-miss: the same, then 300 steps.
     """
-    layers = [x for x in _running(m) if x.momentum and 0 < x.momentum < 1 and x.seen]
+    layers = [x for x in m.running if x.momentum and 0 < x.momentum < 1 and x.seen]
     if not layers:
         return unfit("no normalizer counts batches with a momentum")
     powers = {x.name: _power(x) for x in layers}
@@ -204,7 +200,7 @@ def shifted(m: Measurements, _: Thresholds) -> Judgement:
         return unfit("the deployment loader has the same samples: see NRM111")
     names, facts = verdict
     grade = gates.severity(True, True, m.shift) or "I"
-    reason = f"{len(names)} normalizers hold statistics of other data than the deployment loader's: {short(names)}"
+    reason = f"running statistics of {several(names)} are not those of the deployment loader's data: {short(names)}"
     return alarm(grade, f"{reason}; a shift, not a bug", names, facts, m.shift, ("adapt",))
 
 
@@ -228,7 +224,7 @@ def transforms(m: Measurements, _: Thresholds) -> Judgement:
         return unfit("the deployment loader has other samples: see NRM110")
     names, facts = verdict
     grade = gates.severity(True, True, m.shift) or "I"
-    reason = f"the same samples have other statistics in the second loader, in {len(names)} normalizers: {short(names)}"
+    reason = f"the same samples have other statistics in the second loader, in {several(names)}: {short(names)}"
     return alarm(grade, reason, names, facts, m.shift, ("align-transforms",))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +13,9 @@ from normscope.doctor.thresholds import Thresholds
 from normscope.errors import ArgumentError
 from normscope.records import Interval, Severity, Status
 
-__all__ = ["RULES", "Judgement", "Rule", "absent", "alarm", "failed", "fine", "judge", "rule", "short", "unfit"]
+__all__ = [
+    "RULES", "Judgement", "Rule", "absent", "alarm", "failed", "fine", "judge", "rule", "several", "short", "unfit",
+]  # fmt: skip
 
 Facts = Mapping[str, float | str]
 CODE = re.compile(r"NRM\d{3}")
@@ -144,6 +146,11 @@ def short(layers: Iterable[str], most: int = 3) -> str:
     """Names for a sentence."""
     names = [name or "(the model itself)" for name in layers]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def several(names: Collection[object]) -> str:
+    """How many normalizers, for a sentence."""
+    return f"{len(names)} normalizer{'' if len(names) == 1 else 's'}"
 
 
 def lower(grade: Grade, most: Literal["W", "I"]) -> Grade:

@@ -54,7 +54,12 @@ def too_few(m: Measurements, t: Thresholds) -> Judgement:
     names = sorted(found, key=lambda name: found[name][0])
     n, which = found[names[0]]
     grade: Grade = "E" if n <= t.values_error else "W"
-    harm = "which raises in training" if n <= 1 else "of which only the order survives" if n <= 2 else "which is noise"
+    harms = (
+        (1, "which raises an error in training"),
+        (2, "of which only the order survives"),
+        (np.inf, "which is noise"),
+    )
+    harm = next(text for most, text in harms if n <= most)
     reason = f"{which} brings {n:g} value{'' if n == 1 else 's'} per statistic to {short(names)}, {harm}"
     facts: dict[str, float | str] = {"values": n, "batch": which, "batch size": float(m.batch_size)}
     if last is not None:
@@ -104,7 +109,10 @@ def small_batches(m: Measurements, t: Thresholds) -> Judgement:
     names = sorted(high, key=lambda name: -high[name])
     effective = _effective(data[names[0]])
     facts = {"noise": high[names[0]], "effective values": effective, "batch size": float(m.batch_size)}
-    reason = f"batch statistics add {high[names[0]]:.0%} noise in {short(names)}: {effective:.0f} effective values"
+    reason = (
+        f"the statistics of a batch add noise of {high[names[0]]:.0%} of the signal in {short(names)}: "
+        f"they are worth those of {effective:.0f} independent values"
+    )
     trains = bool(_training_layers(m) & set(high))
     if not trains:
         return alarm("I", f"{reason}; harmless in evaluation mode", names, facts, m.small, ("bigger-batch",))
@@ -116,7 +124,8 @@ def small_batches(m: Measurements, t: Thresholds) -> Judgement:
 
 def _priced(m: Measurements) -> str:
     """What the cost of such batches is, which evaluation may not show."""
-    return "" if m.small.cost is None else "; the cost is that of normalizing by such batches, as training does"
+    proven = m.small.cost is not None and m.small.cost.low > 0
+    return "; the cost is that of normalizing by such batches, as training does" if proven else ""
 
 
 def _effective(data: Moments) -> float:
@@ -127,7 +136,7 @@ def _effective(data: Moments) -> float:
     return float(np.median(ratio)) if len(ratio) else 0.0
 
 
-@rule("NRM304", "non-iid-batches", intents=("bn-frozen-throughout",))
+@rule("NRM304", "non-iid-batches", intents=("bn-frozen-throughout", "tta-bn/adabn"))
 def grouped(m: Measurements, t: Thresholds) -> Judgement:
     """Samples of a batch resemble each other more than samples of different batches.
 
@@ -138,9 +147,11 @@ def grouped(m: Measurements, t: Thresholds) -> Judgement:
     Threshold: p < 0.005 and D ≥ 1.3; an error from 2 on, where the effective batch is halved. Shuffled loaders:
     0.89–1.11.
     Evidence: D by layer.
-    Fixes: shuffle [S3]; recal [S1] with shuffled batches.
-    Intentional when: `bn-frozen-throughout`: training does not normalize by the batch, whatever the flags say.
-    Known false alarms: an ordered evaluation loader with the model in evaluation mode: information.
+    Fixes: shuffle [S3]; recal [S1] with shuffled batches; separate-statistics [S3] where batches are domains.
+    Intentional when: `bn-frozen-throughout`: training does not normalize by the batch, whatever the flags say;
+    `tta-bn/adabn`: every batch is a domain of its own.
+    Known false alarms: an ordered evaluation loader with the model in evaluation mode: information, unless evaluation
+    loses against the statistics of each batch.
     Fixture: defect: sorted by label, shuffle=False; near-miss: stratified batches.
     """
     known = {name: d for name, d in m.design.items() if np.isfinite(d[0])}
@@ -166,6 +177,11 @@ def grouped(m: Measurements, t: Thresholds) -> Judgement:
     if drifted:
         return alarm(
             "W", f"{reason}, and running statistics are off", names, facts, m.recalibrated, ("shuffle", "recal")
+        )
+    if m.batch.harmful and not m.recalibrated.harmful:
+        tail = "evaluation loses against the statistics of each batch"
+        return alarm(
+            m.batch.grade or "W", f"{reason}; {tail}", names, facts, m.batch, ("separate-statistics", "shuffle")
         )
     return alarm("I", f"{reason}; harmless in evaluation mode", names, facts, None, ("shuffle",))
 
@@ -199,9 +215,8 @@ def last_outlier(m: Measurements, t: Thresholds) -> Judgement:
     facts = {"last batch": float(last), "shift in σ": max(shifts.values())}
     if not names:
         return fine(f"the last batch of {last} moves the averages little", facts)
-    reason = (
-        f"the last batch has {last} samples and moves running means by {max(shifts.values()):.2g} σ: {short(names)}"
-    )
+    size = f"{last} sample{'s' * (last > 1)}"
+    reason = f"the last batch has {size} and moves running means by {max(shifts.values()):.2g} σ: {short(names)}"
     return alarm("W", reason, names, facts, None, ("drop-last", "recal"))
 
 
@@ -262,7 +277,7 @@ def dominated(m: Measurements, t: Thresholds) -> Judgement:
     worst = high[names[0]]
     facts: dict[str, float | str] = {"share of channels": worst.dominated, "sample": worst.culprit}
     where = f"{worst.dominated:.0%} of the channels of {short(names)}"
-    reason = f"{worst.culprit} of split A has most of the variance in {where}"
+    reason = f"one sample has most of its batch's variance in {where}: {worst.culprit} of split A, which diagnoses"
     return alarm("W" if m.trains else "I", reason, names, facts, None, ("inspect-sample",))
 
 

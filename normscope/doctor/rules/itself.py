@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normscope.doctor.measurements import Grade, Measurements
-from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, short, unfit
+from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, several, short, unfit
 from normscope.doctor.thresholds import Thresholds
 
 __all__: list[str] = []
@@ -30,7 +30,7 @@ def unknown(m: Measurements, _: Thresholds) -> Judgement:
         return fine("every normalizer is of a known class")
     classes = sorted({x.cls for x in odd})
     facts: dict[str, float | str] = {"layers": float(len(odd)), "classes": ", ".join(classes)}
-    reason = f"{len(odd)} normalizers are of classes unknown here: {short(classes)}"
+    reason = f"{several(odd)} of classes that are unknown here: {short(classes)}"
     return alarm("I", reason, [x.name for x in odd], facts, None, ("see-list",))
 
 
@@ -54,7 +54,7 @@ def bypassed(m: Measurements, _: Thresholds) -> Judgement:
     names += [c.bypassed for c in m.functional if c.bypassed is not None and c.bypassed not in names]
     if not names:
         return fine("hooks see every normalizer that runs")
-    reason = f"{len(names)} normalizers run where hooks do not see them: {short(names)}"
+    reason = f"{several(names)} where hooks do not see the call: {short(names)}"
     return alarm("I", reason, names, {"layers": float(len(names))}, None, ("call-modules",))
 
 
@@ -75,7 +75,7 @@ def not_reached(m: Measurements, _: Thresholds) -> Judgement:
         return unfit("the model has no normalizers")
     if not m.unreached:
         return fine("every normalizer was reached")
-    reason = f"{len(m.unreached)} of {len(m.layers)} normalizers were never called: {short(m.unreached)}"
+    reason = f"{len(m.unreached)} of {several(m.layers)} were never called: {short(m.unreached)}"
     return alarm("I", reason, m.unreached, {"layers": float(len(m.unreached))}, None, ("reach",))
 
 
@@ -103,7 +103,7 @@ def few_samples(m: Measurements, t: Thresholds) -> Judgement:
     facts = {"samples": float(outcome.samples), "needed": float(m.needed)}
     if outcome.samples >= m.needed:
         return fine(f"{outcome.samples:,} samples show a loss of {t.power_effect:g} pp; {m.needed:,} are needed", facts)
-    reason = f"{outcome.samples:,} samples; {m.needed:,} are needed to see a loss of {t.power_effect:g} pp"
+    reason = f"{outcome.samples:,} samples were scored; {m.needed:,} are needed to see a loss of {t.power_effect:g} pp"
     return alarm("I", reason, (), facts, None, ("more-samples",))
 
 

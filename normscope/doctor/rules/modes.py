@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normscope.doctor.measurements import Grade, Layer, Measurements
-from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, short, unfit
+from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, several, short, unfit
 from normscope.doctor.thresholds import Thresholds
 from normscope.doctor.user import is_initial
 
@@ -87,7 +87,7 @@ def half_frozen(m: Measurements, _: Thresholds) -> Judgement:
     if moved:
         facts["median movement in σ"] = moved[len(moved) // 2]
     tail = f", they moved {moved[len(moved) // 2]:.2g} σ in 3 steps" if moved else ""
-    reason = f"weights are frozen, statistics of {len(names)} normalizers are not{tail}: {short(names)}"
+    reason = f"weights are frozen, statistics of {several(names)} are not{tail}: {short(names)}"
     # In a model without any trainable weight nothing is being trained: the state is odd, and harmless so far.
     grade: Grade = "W" if m.learns or steps is not None else "I"
     drifted = any(m.drift[n].beyond for n in names if n in m.drift)
@@ -240,7 +240,7 @@ def evaluates_in_training(m: Measurements, _: Thresholds) -> Judgement:
         return fine("normalizers that learn are in training mode")
     drifted = m.recalibrated.harmful and any(m.drift[n].beyond for n in names if n in m.drift)
     grade: Grade = "E" if drifted and m.recalibrated.grade == "E" else "W"
-    reason = f"γ and β learn and statistics stand still in {len(names)} normalizers: {short(names)}"
+    reason = f"γ and β learn and statistics stand still in {several(names)}: {short(names)}"
     cost = m.recalibrated if drifted else None
     return alarm(grade, reason, names, {"layers": float(len(names))}, cost, ("train-mode", "recal"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from normscope.doctor.measurements import Grade, Measurements, Moments, Site
-from normscope.doctor.rules.base import Judgement, alarm, fine, rule, short, unfit
+from normscope.doctor.rules.base import Judgement, alarm, fine, rule, several, short, unfit
 from normscope.doctor.suspects import eps_share
 from normscope.doctor.thresholds import Thresholds
 
@@ -153,7 +153,8 @@ def cancellation(m: Measurements, t: Thresholds) -> Judgement:
         return fine("means are not far from 0 compared with the variation")
     names = sorted(found, key=lambda n: -found[n])
     facts: dict[str, float | str] = {"|mean|/σ": found[names[0]], "dtype": m.seen[names[0]].dtype}
-    reason = f"means of {short(names)} are {found[names[0]]:.3g} σ from 0 in {m.seen[names[0]].dtype}"
+    far, dtype = found[names[0]], m.seen[names[0]].dtype
+    reason = f"the inputs of {short(names)} lie {far:,.0f} σ away from 0, which costs digits in {dtype}"
     return alarm("W", reason, names, facts, None, ("centre-inputs",))
 
 
@@ -217,5 +218,5 @@ def low_precision(m: Measurements, t: Thresholds) -> Judgement:
     digit = 2.0**-11 if low[0].dtype == "float16" else 2.0**-8
     facts: dict[str, float | str] = {"dtype": low[0].dtype, "layers": float(len(low))}
     facts["an average stalls within"] = digit / (low[0].momentum or 0.1)
-    reason = f"running statistics of {len(low)} normalizers are in {low[0].dtype}: {short(names)}"
+    reason = f"running statistics of {several(low)} are in {low[0].dtype}: {short(names)}"
     return alarm(grade, reason, names, facts, m.recalibrated if drifted else None, ("float32-recal", "float32"))

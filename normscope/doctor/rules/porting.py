@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normscope.doctor.measurements import Change, Measurements, Reference
-from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, short, unfit
+from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, several, short, unfit
 from normscope.doctor.rules.prices import costs_of_model
 from normscope.doctor.thresholds import Thresholds
 
@@ -83,7 +83,7 @@ def fold_mismatch(m: Measurements, t: Thresholds) -> Judgement:
     facts = {"relative difference": r.difference, "normalizers gone": float(len(r.gone))}
     if r.difference <= (t.dependence_half if r.half else t.conversion):
         return fine("folding kept the function", facts)
-    reason = f"{len(r.gone)} normalizers were folded, and outputs differ by {r.difference:.2g}: {short(r.gone)}"
+    reason = f"outputs of the model with {several(r.gone)} folded differ by {r.difference:.2g}: {short(r.gone)}"
     return alarm("E", reason, r.gone, facts, None, ("fold-again",))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from normscope.doctor.measurements import Costs, Measurements
 from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, short, unfit
 from normscope.doctor.thresholds import Thresholds
+from normscope.records import Interval
 
 __all__ = ["costs_of_model"]
 
@@ -37,16 +38,23 @@ def time_share(m: Measurements, t: Thresholds) -> Judgement:
     costs = costs_of_model(m)
     if isinstance(costs, Judgement):
         return costs
-    if costs.saved is None:
+    return _share(costs, costs.saved, "normalizers", costs.layers, "fuse", t)
+
+
+def _share(
+    costs: Costs, spent: Interval | None, who: str, names: tuple[str, ...], remedy: str, t: Thresholds
+) -> Judgement:
+    """What a difference of times says about its share of a step."""
+    if spent is None:
         return failed(costs.problem)
     if costs.spread > t.cost_noise:
         return failed(f"the machine is busy: steps scatter by {costs.spread:.0%}")
-    share = costs.saved.value / costs.step
-    facts = {"step in ms": costs.step, "normalizers in ms": costs.saved.value, "share of the step": share}
-    if costs.saved.low <= 0 or share < t.cost_share:
-        return fine("normalizers take little of a training step", facts)
-    reason = f"normalizers take {share:.0%} of a training step: {costs.saved.value:.3g} of {costs.step:.3g} ms"
-    return Judgement("info", reason, costs.layers, facts, costs.saved, ("fuse",))
+    share = spent.value / costs.step
+    facts = {"step in ms": costs.step, f"{who} in ms": spent.value, "share of the step": share}
+    if spent.low <= 0 or share < t.cost_share:
+        return fine(f"{who} take little of a training step", facts)
+    reason = f"{who} take {share:.0%} of a training step, {spent.value:.3g} of {costs.step:.3g} ms: {short(names)}"
+    return Judgement("info", reason, names, facts, spent, (remedy,))
 
 
 @rule("NRM802", "activation-memory")
@@ -125,13 +133,4 @@ def synchronization(m: Measurements, t: Thresholds) -> Judgement:
     names = [x.name for x in m.layers if "SyncBatchNorm" in x.cls]
     if not names or m.devices < 2:
         return unfit("no normalizer waits for other ranks")
-    if costs.synced is None:
-        return failed(costs.problem)
-    if costs.spread > t.cost_noise:
-        return failed(f"the machine is busy: steps scatter by {costs.spread:.0%}")
-    share = costs.synced.value / costs.step
-    facts = {"step in ms": costs.step, "waiting in ms": costs.synced.value, "share of the step": share}
-    if costs.synced.low <= 0 or share < t.cost_share:
-        return fine("synchronized normalizers take little of a training step", facts)
-    reason = f"synchronized normalizers take {costs.synced.value:.3g} of {costs.step:.3g} ms: {short(names)}"
-    return Judgement("info", reason, tuple(names), facts, costs.synced, ("desync",))
+    return _share(costs, costs.synced, "synchronized normalizers", tuple(names), "desync", t)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from normscope.doctor import gates
-from normscope.doctor.measurements import Array, Drift, Layer, Measurements
-from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, lower, rule, short, unfit
+from normscope.doctor.measurements import Array, Drift, Effect, Grade, Layer, Measurements
+from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, lower, rule, several, short, unfit
 from normscope.doctor.suspects import jitter
 from normscope.doctor.thresholds import Thresholds
 from normscope.doctor.user import is_initial
 
 __all__: list[str] = []
 
-
-def _running(m: Measurements) -> tuple[Layer, ...]:
-    return tuple(layer for layer in m.layers if layer.running and layer.mean is not None and layer.var is not None)
+# Of a gap: layers that carry less are not named.
+LEAST_SHARE = 0.1
 
 
 @rule("NRM101", "non-finite-or-negative-statistics")
@@ -79,7 +79,7 @@ def never_tracked(m: Measurements, _: Thresholds) -> Judgement:
     Fixture: defect: reload only `dict(model.named_parameters())`; near-miss: a fresh network, a folded
     FrozenBatchNorm.
     """
-    layers = [layer for layer in _running(m) if not (layer.held and layer.seen is None)]
+    layers = [layer for layer in m.running if not (layer.held and layer.seen is None)]
     if not layers:
         return unfit("no normalizer keeps running statistics")
     initial = [layer for layer in layers if is_initial(layer)]
@@ -87,7 +87,7 @@ def never_tracked(m: Measurements, _: Thresholds) -> Judgement:
         return fine("every normalizer has statistics of its own" if not initial else "the model has not been trained")
     names = [layer.name for layer in initial]
     grade = gates.severity(True, True, m.recalibrated) or "W"
-    reason = f"{len(names)} of {len(layers)} normalizers still hold mean 0 and variance 1: {short(names)}"
+    reason = f"{len(names)} of {several(layers)} still hold mean 0 and variance 1: {short(names)}"
     facts = {"layers": float(len(names)), "of": float(len(layers))}
     return alarm(grade, reason, names, facts, m.recalibrated, ("copy-buffers", "recal", "load-buffers"))
 
@@ -103,35 +103,18 @@ def _trained(layer: Layer) -> bool:
     return layer.weight is not None and bool(np.ptp(layer.weight) > 0)
 
 
+# What leaves running statistics behind that are not those of the data.
+_SPOILS = (
+    "NRM101", "NRM102", "NRM104", "NRM105", "NRM106", "NRM107", "NRM108", "NRM109", "NRM112", "NRM113", "NRM202",
+    "NRM203", "NRM205", "NRM206", "NRM209", "NRM302", "NRM304", "NRM305", "NRM405", "NRM406", "NRM506", "NRM602",
+    "NRM606", "NRM704",
+)  # fmt: skip
+
+
 @rule(
     "NRM103",
     "stale-statistics",
-    causes=(
-        "NRM101",
-        "NRM102",
-        "NRM104",
-        "NRM105",
-        "NRM106",
-        "NRM107",
-        "NRM108",
-        "NRM109",
-        "NRM112",
-        "NRM113",
-        "NRM202",
-        "NRM203",
-        "NRM205",
-        "NRM206",
-        "NRM209",
-        "NRM302",
-        "NRM304",
-        "NRM305",
-        "NRM405",
-        "NRM406",
-        "NRM506",
-        "NRM602",
-        "NRM606",
-        "NRM704",
-    ),
+    causes=_SPOILS,
     intents=("tta-bn/adabn", "supernet", "recalibrating", "gan-batchstats-test", "bn-frozen-throughout"),
 )
 def stale(m: Measurements, t: Thresholds) -> Judgement:
@@ -153,7 +136,7 @@ def stale(m: Measurements, t: Thresholds) -> Judgement:
     not trained yet, whose loss says nothing, gets information.
     Fixture: defect: running mean of one layer + 0.5 σ; near-miss: + 0.05 σ, or 5 σ where γ ≈ 0.
     """
-    if not _running(m):
+    if not m.running:
         return unfit("no normalizer keeps running statistics")
     if not m.drift:
         return failed(m.batch_problem or "no normalizer could be watched")
@@ -162,7 +145,7 @@ def stale(m: Measurements, t: Thresholds) -> Judgement:
     if not beyond:
         worst = max(m.drift.values(), key=lambda d: d.share)
         return fine("running statistics describe the data", {"worst share of channels": worst.share})
-    if all(is_initial(m.layer(n)) for n in beyond) and not _was_trained(_running(m)):
+    if all(is_initial(m.layer(n)) for n in beyond) and not _was_trained(m.running):
         return fine("the model has not been trained")
     names = sorted(beyond, key=lambda n: (-m.shares.get(n, 0.0), -beyond[n].share, -_mean(beyond[n].delta)))
     grade = gates.severity(True, True, m.recalibrated) or "I"
@@ -171,7 +154,9 @@ def stale(m: Measurements, t: Thresholds) -> Judgement:
     tail = "; no measurable effect" if felt else ""
     if m.recalibrated.grade is None and _untouched(m):
         grade, tail = "I", "; γ and β are initial: the model seems to be untrained"
-    reason = f"{len(names)} of {len(m.drift)} normalizers hold statistics of other activations: {short(names)}{tail}"
+    reason = (
+        f"running statistics of {len(names)} of {several(m.drift)} do not describe what they get: {short(names)}{tail}"
+    )
     return alarm(grade, reason, names, facts, m.recalibrated, ("recal",))
 
 
@@ -221,7 +206,7 @@ def not_converged(m: Measurements, t: Thresholds) -> Judgement:
     Known false alarms: none: without a measured cost it is information.
     Fixture: defect: momentum 0.001, 300 steps; near-miss: the same with data of mean 0 and variance 1.
     """
-    known = [x for x in _running(m) if x.seen and x.momentum is not None and 0 < x.momentum < 1]
+    known = [x for x in m.running if x.seen and x.momentum is not None and 0 < x.momentum < 1]
     if not known:
         return unfit("no normalizer counts batches with a momentum")
     residual = {x.name: (1 - (x.momentum or 0.0)) ** (x.seen or 0) for x in known}
@@ -284,7 +269,7 @@ def momentum(m: Measurements, t: Thresholds) -> Judgement:
     Known false alarms: a wrong convention is not always costly (pix2pix-tensorflow#126): then it is information.
     Fixture: defect: 0.99; near-miss: None.
     """
-    layers = [x for x in _running(m) if not x.held and not _frozen(x)]
+    layers = [x for x in m.running if not x.held and not _frozen(x)]
     odd = [x for x in layers if x.momentum is not None and (x.momentum >= t.momentum_high or x.momentum <= 0)]
     if not layers:
         return unfit("no normalizer updates running statistics")
@@ -324,7 +309,7 @@ def weights_changed(m: Measurements, _: Thresholds) -> Judgement:
     steps.
     """
     if m.average:
-        names = [x.name for x in _running(m)]
+        names = [x.name for x in m.running]
         grade = gates.severity(True, True, m.recalibrated) or "W"
         reason = f"{m.average}: weights are averages, running statistics are the first model's"
         return alarm(grade, reason, names, {"layers": float(len(names))}, m.recalibrated, ("recal",))
@@ -336,11 +321,69 @@ def weights_changed(m: Measurements, _: Thresholds) -> Judgement:
     if m.reference.same_weights or not equal or m.reference.follows > 1 - 1e-12:
         return fine("weights and statistics belong together, as far as the reference tells")
     grade = gates.severity(True, True, m.recalibrated) or "W"
-    reason = (
-        f"weights differ from the reference, statistics of {len(equal)} normalizers are the reference's: {short(equal)}"
-    )
+    reason = f"weights differ from the reference, statistics of {several(equal)} are the reference's: {short(equal)}"
     facts = {"layers": float(len(equal)), "correlation of the weights": m.reference.follows}
     return alarm(grade, reason, equal, facts, m.recalibrated, ("recal",))
+
+
+@rule(
+    "NRM114",
+    "train-eval-gap",
+    causes=(*_SPOILS, "NRM103", "NRM301", "NRM303", "NRM306"),
+    intents=(
+        "gan-batchstats-test", "transductive-meta", "tta-bn/adabn", "bn-frozen-throughout", "ghost-bn", "split-bn",
+        "instance-running-stats",
+    ),
+)  # fmt: skip
+def gap(m: Measurements, t: Thresholds) -> Judgement:
+    """Training and evaluation differ by much, and no single normalizer's figures say why.
+
+    What it measures: the score in evaluation mode, with new running statistics, and with the statistics of each batch
+    as in training; layers go from one state into another, alone and all but each, to see which carry the gap.
+    Why it hurts: every layer alone may lie below its threshold: one channel of 32 is enough, or a little noise in many
+    layers (Yet-Another-EfficientDet-Pytorch#675).
+    Threshold: 5 times what is worth an error, with an interval above 0; of training, in a metric only. What running
+    statistics cost where a layer has drifted (NRM103), or batches whose noise shows (NRM302), is left to those rules.
+    Evidence: the cost, the share of the layers that carry most of it.
+    Fixes: recal [S1] where new statistics help; else separate-statistics [S3], shuffle [S3]; bigger-batch [S3] where
+    training is what loses, freeze-norms [S2], replace-norm [S2].
+    Intentional when: `gan-batchstats-test`, `transductive-meta`, `tta-bn/adabn`, `split-bn`: batch statistics are what
+    is used; `bn-frozen-throughout`, `ghost-bn`: training does not normalize by these batches; `instance-running-stats`.
+    Known false alarms: a loader of much smaller batches than the training's, with the model in training mode.
+    Fixture: defect: one channel of a layer off by 30 σ, every batch with a contrast of its own, batches of 4 through
+    ten normalizers; near-miss: samples of many contrasts in every batch.
+    """
+    if m.recalibrated.grade is None:
+        return failed(m.score_problem or "evaluation, recalibrated and batch statistics could not be compared")
+    if m.recalibrated.errors >= t.gap:
+        if any(drift.beyond for drift in m.drift.values()):
+            return fine("normalizers have drifted, which tells what evaluation loses")
+        reason = "new running statistics gain {}, although no normalizer has drifted beyond its threshold"
+        return _gap("E", reason, m.recalibrated, m.shares, ("recal",))
+    if m.batch.errors >= t.gap:
+        reason = (
+            "evaluation loses {} against the statistics of each batch, and new running statistics do not give that back"
+        )
+        remedies = ("separate-statistics", "shuffle", "replace-norm")
+        return _gap(m.batch.grade or "W", reason, m.batch, m.batch_shares, remedies)
+    noise = max((gates.noise_energy(x, m.layer(n).eps) for n, x in m.own.items()), default=0.0)
+    # A loss near 0 grows by half where healthy networks are normalized by batches of 32: only a metric tells.
+    felt = m.small.errors >= t.gap and m.small.cost is not None and m.small.cost.unit != "loss"
+    if m.trains and felt and noise < t.noise_warning:
+        reason = "training mode loses {} against evaluation, although no normalizer alone is noisy"
+        return _gap("W", reason, m.small, m.batch_shares, ("bigger-batch", "freeze-norms", "replace-norm"))
+    return fine("training and evaluation mode do about equally well, or other rules say why not")
+
+
+def _gap(grade: Grade, reason: str, felt: Effect, shares: Mapping[str, float], remedies: tuple[str, ...]) -> Judgement:
+    """The alarm, with the layers that carry most of it."""
+    names = sorted(shares, key=lambda name: -shares[name])
+    names = [name for name in names if shares[name] >= LEAST_SHARE] or names[:1]
+    lost = "much" if felt.cost is None else f"{felt.cost.value:.1f} {felt.cost.unit}".rstrip()
+    facts: dict[str, float | str] = {"times an error": felt.errors}
+    facts |= {f"share of {name or '(the model itself)'}": shares[name] for name in names[:3]}
+    where = f"; most of it: {short(names)}" if names else ""
+    return alarm(grade, reason.format(lost) + where, names, facts, felt, remedies)
 
 
 @rule("NRM602", "follower-lacks-buffers", intents=("teacher-train-mode",))
@@ -401,5 +444,5 @@ def not_saved(m: Measurements, _: Thresholds) -> Judgement:
     if not trip.changed:
         return fine("running statistics survive saving and loading")
     facts = {"layers": float(len(trip.changed)), "relative difference": trip.difference or 0.0}
-    reason = f"statistics of {len(trip.changed)} normalizers do not survive saving and loading: {short(trip.changed)}"
+    reason = f"statistics of {several(trip.changed)} do not survive saving and loading: {short(trip.changed)}"
     return alarm("E", reason, trip.changed, facts, None, ("load-buffers",))

@@ -35,7 +35,14 @@ def redundant_bias(m: Measurements, _: Thresholds) -> Judgement:
         return fine("no bias is subtracted again")
     linears = [m.fed[name][0] for name in names]
     facts = {"layers": float(len(names))}
-    return alarm("I", f"normalizers subtract the bias of {short(linears)}", names, facts, None, ("absorb-bias",))
+    return alarm(
+        "I",
+        f"the bias of {short(linears)} does nothing: the normalizer behind subtracts it",
+        names,
+        facts,
+        None,
+        ("absorb-bias",),
+    )
 
 
 @rule("NRM402", "norm-erases-signal")
@@ -95,7 +102,7 @@ def wrong_axis(m: Measurements, _: Thresholds) -> Judgement:
         return fine("features lie on axis 1 where normalizers take them")
     site = next(iter(wrong.values()))
     facts: dict[str, float | str] = {"input": str(site.shape), "features on axis": float(site.axis or 0)}
-    reason = f"features lie on axis {site.axis} of {site.shape}, normalized is axis 1: {short(wrong)}"
+    reason = f"{short(wrong)} takes axis 1 of its input {site.shape} for the features, which lie on axis {site.axis}"
     return alarm("W", reason, list(wrong), facts, None, ("transpose",))
 
 
@@ -154,7 +161,7 @@ def amplified(m: Measurements, t: Thresholds) -> Judgement:
     Evidence: the channels, the ratio of the variances.
     Fixes: recal [S1]; prune [S3].
     Intentional when: never.
-    Known false alarms: a channel that is constant in both is silent.
+    Known false alarms: a channel that is constant in both is silent; a variance below 0 is told by NRM101.
     Fixture: defect: a feature that was constant in training; near-miss: it still is.
     """
     layers = [x for x in m.layers if x.running and x.var is not None and x.name in m.own]
@@ -166,7 +173,7 @@ def amplified(m: Measurements, t: Thresholds) -> Judgement:
         weight = np.ones_like(var) if x.weight is None else np.abs(x.weight)
         live = weight > t.gamma_zero * max(float(weight.max(initial=0.0)), 1e-30)
         small = t.eps_times * max(x.eps, USUAL_EPS)
-        hit = live & (var < small) & (data > t.constant_times * (var + x.eps))
+        hit = live & (var >= 0) & (var < small) & (data > t.constant_times * (var + x.eps))
         if hit.any():
             found[x.name] = float(np.max(data[hit] / np.maximum(var[hit] + x.eps, 1e-30)))
     if not found:

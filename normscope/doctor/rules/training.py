@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from normscope.doctor import gates
 from normscope.doctor.measurements import Grade, Measurements, Steps
-from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, short, unfit
+from normscope.doctor.rules.base import Judgement, absent, alarm, failed, fine, rule, several, short, unfit
 from normscope.doctor.thresholds import Thresholds
 
 __all__: list[str] = []
@@ -152,7 +152,7 @@ def decay(m: Measurements, _: Thresholds) -> Judgement:
     shrunk = [n for n in names if _shrunk(m, n)]
     grade: Grade = "W" if shrunk else "I"
     facts = {"weight decay": m.optimized.decay, "layers": float(len(names)), "with γ below a tenth": float(len(shrunk))}
-    reason = f"weight decay {m.optimized.decay:g} acts on γ and β of {len(names)} normalizers: {short(names)}"
+    reason = f"weight decay {m.optimized.decay:g} acts on γ and β of {several(names)}: {short(names)}"
     return alarm(grade, reason, [*shrunk, *(n for n in names if n not in shrunk)], facts, None, ("param-groups",))
 
 
@@ -204,7 +204,9 @@ def not_optimized(m: Measurements, _: Thresholds) -> Judgement:
     names = m.optimized.missing
     if not names:
         return fine("the optimizer has every γ and β that learns")
-    reason = f"γ or β of {len(names)} normalizers require a gradient and are in no group: {short(names)}"
+    reason = (
+        f"γ or β of {several(names)}: a gradient is required, and no group of the optimizer has them: {short(names)}"
+    )
     return alarm("W", reason, names, {"layers": float(len(names))}, None, ("optimize",))
 
 
@@ -260,6 +262,6 @@ def per_sample(m: Measurements, _: Thresholds) -> Judgement:
     names = [x.name for x in layers if (x.training and not x.held) or x.mean is None]
     if not names:
         return fine("no normalizer mixes samples")
-    reason = f"samples meet in the batch statistics of {len(names)} normalizers: {short(names)}"
+    reason = f"samples meet in the batch statistics of {several(names)}: {short(names)}"
     remedies = ("private-norm", "freeze-norms", "replace-norm")
     return alarm("E", reason, names, {"layers": float(len(names))}, None, remedies)
