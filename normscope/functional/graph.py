@@ -23,7 +23,7 @@ from normscope.kernels.formula import Formula
 __all__ = ["normalize", "serves"]
 
 # Below it what surrounds an operator in Python (some 40 µs) costs more than the compiler's loops lose.
-LEAST_CELLS = 1 << 15
+LEAST_CELLS = 1 << 17
 
 
 def _usable() -> bool:
