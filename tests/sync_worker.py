@@ -464,6 +464,13 @@ def a_rank_that_does_not_come():
 
 
 @check
+def torchs_own_needs_a_gpu():
+    """It asks for the device before it asks how many ranks there are: one alone fails, too."""
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+        nn.SyncBatchNorm(C)(torch.ones(2, C, 3))
+
+
+@check
 def compiled_in_one_graph():
     import torch._dynamo
 

@@ -183,6 +183,17 @@ def test_a_mix_of_classes_under_a_shift_is_refused_too(classes):
         ns.adapt(copy.deepcopy(TRAINED), loader(classes, shifted))
 
 
+@pytest.mark.parametrize("classes", [[0], [3], [2, 5]])
+def test_the_first_normalizer_alone_gains_there_as_the_refusal_says(classes):
+    model, data = copy.deepcopy(TRAINED), loader(classes, shifted)
+    with pytest.raises(ns.ProofError, match="select='1' with guard=False adapts the first normalizer alone"):
+        ns.adapt(model, data)
+    was, adapted = accuracy(model, data), ns.adapt(model, data, guard=False, copy=True).model
+    report = ns.adapt(model, data, select="1", guard=False)
+    assert report.changed == ("1",)
+    assert accuracy(model, data) >= max(was + 0.2, accuracy(adapted, data))
+
+
 @pytest.mark.parametrize(
     ("first", "all_adapted", "refused"),
     [
@@ -194,7 +205,7 @@ def test_a_mix_of_classes_under_a_shift_is_refused_too(classes):
     ],
 )
 def test_predictions_that_spread_without_getting_balanced_are_refused(first, all_adapted, refused):
-    measured = Adaptation((0.6, 0.1), None, (first, 4.0), (all_adapted, 6.5), (0.5, 0.4), None, (160, 40))
+    measured = Adaptation("1", (0.6, 0.1), None, (first, 4.0), (all_adapted, 6.5), (0.5, 0.4), None, (160, 40))
     with pytest.raises(ns.ProofError, match=refused) if refused else contextlib.nullcontext():
         judge(measured)
 

@@ -482,7 +482,6 @@ def test_a_question_for_the_shape_is_no_use():
         (lambda m, x: m.norm(m.conv(x)) * m.conv.weight.sum(), "the model reads its weight"),
         (lambda m, x: m.norm(m.conv(x)) * m.norm.eps, "the model reads its eps"),
         (lambda m, x: m.norm(F.conv2d(x, m.conv.weight)), "its input is the result of conv2d"),
-        (lambda m, x: m.norm(m.conv(x)) if x.sum() > 0 else x, "chooses between branches by the value"),
         (lambda m, x: m.norm(m.conv.forward(x)), "its input is the result of conv2d"),
     ],
 )
@@ -519,7 +518,7 @@ def test_blocks_of_a_model_that_cannot_be_traced():
         def __init__(self):
             super().__init__()
             self.first = Wired(lambda m, x: m.second(m.norm(m.conv(x)).relu()))
-            self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(2))
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)) for _ in range(5))
             self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
 
         def forward(self, x):
@@ -529,8 +528,39 @@ def test_blocks_of_a_model_that_cannot_be_traced():
                     x = block(x)
             return self.norm(self.conv(x))
 
-    report = folds(randomized(Model()), X, ["first.norm", "blocks.0.1", "blocks.1.1"])
+    report = folds(randomized(Model()), X, ["first.norm", *(f"blocks.{k}.1" for k in range(5))])
     assert "chooses between branches by the value of a tensor" in dict(report.skipped)["norm"]
+
+
+def padded(m, x):
+    """As TensorFlow pads, and MobileNets of transformers."""
+    height, width = x.shape[-2:]
+    below, right = (max(3 - (2 if size % 2 == 0 else size % 2), 0) for size in (height, width))
+    return m.norm(m.conv(F.pad(x, (0, right, 0, below))))
+
+
+def test_every_branch_is_traced():
+    model = randomized(Wired(padded))
+    expected = [exact(model, x) for x in (X, X[..., :-1], X[..., :-1, :], X[..., :1, :1])]
+    folds(model, X, ["norm"])
+    for x, y in zip((X, X[..., :-1], X[..., :-1, :], X[..., :1, :1]), expected, strict=True):
+        close(model, x, y)
+
+
+def test_what_holds_in_the_branch_of_the_example_alone_is_not_folded():
+    model = randomized(Wired(lambda m, x: m.norm(m.conv(x)) if x.shape[-1] > 4 else m.conv(x)))
+    assert reasons(model, X)["norm"].startswith("conv is called 2 times, 1 of them without it")
+    model = randomized(Wired(lambda m, x: m.norm(m.conv(x)) if x.shape[-1] > 4 else m.norm(x)))
+    assert "its input is that of the model" in reasons(model, X)["norm"]
+    model = randomized(Wired(lambda m, x: m.norm(m.conv(x)) if int(x.shape[-1]) > 4 else m.conv(x)))
+    assert "cannot be traced: it makes a number of Python of a value" in reasons(model, X)["norm"]
+
+
+def test_branches_that_end_the_same_are_folded_in_both():
+    model = randomized(Wired(lambda m, x: m.norm(m.conv(x)).relu() if x.mean() > 0 else m.norm(m.conv(x))))
+    expected = exact(model, -X)
+    folds(model, X, ["norm"])
+    close(model, -X, expected)
 
 
 def test_objects_types_and_parameters_may_be_asked_as_they_are_now():
@@ -702,7 +732,7 @@ def test_a_block_whose_inside_is_called_from_outside():
 
         def forward(self, x):
             y = self.block(x)
-            return y + self.block[0](x) if y.abs().max() < 1e9 else y
+            return y + self.block[0](x) if int(y.abs().max()) < 1e9 else y
 
     assert "the forward of the model (Model) cannot be traced" in reasons(randomized(Model()), X)["block.1"]
 

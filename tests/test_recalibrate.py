@@ -4,8 +4,12 @@
 
 import contextlib
 import copy
+import importlib.util
 import itertools
 import random
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -644,3 +648,50 @@ def test_off_centre_the_variance_of_fvcore_is_negative_and_not_here():
     assert theirs[0].running_var.min() < 0
     recalibrate(model, batches)
     torch.testing.assert_close(model[0].running_var.double(), torch.cat(batches).double().var(0))
+
+
+# --- what mmpretrain does instead -------------------------------------------------------------------------------------
+
+
+def mmpretrains(monkeypatch):
+    """The module of its PreciseBNHook; the packages above it would import torchvision and the rest of OpenMMLab."""
+    pytest.importorskip("mmengine", exc_type=ImportError)
+    spec = importlib.util.find_spec("mmpretrain") or pytest.skip("needs mmpretrain")
+    for name in ("mmpretrain", "mmpretrain.engine", "mmpretrain.engine.hooks"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(Path(spec.submodule_search_locations[0], *name.split(".")[1:]))]
+        monkeypatch.setitem(sys.modules, name, package)
+    return importlib.import_module("mmpretrain.engine.hooks.precise_bn_hook")
+
+
+class Preprocessed(nn.Sequential):
+    """A model as mmengine has them."""
+
+    def data_preprocessor(self, batch, training):
+        return {"input": batch}
+
+
+class Failing:
+    """A loader whose second batch cannot be read."""
+
+    batch_size = 8
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        yield torch.randn(8, 3) + 5
+        raise OSError("disk gone")
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # of what mmengine imports
+def test_a_failing_loader_leaves_mmpretrain_with_momentum_one_and_this_as_it_was(monkeypatch, capsys):
+    update_bn_stats = mmpretrains(monkeypatch).update_bn_stats
+    model = Preprocessed(nn.BatchNorm1d(3))
+    theirs, before = copy.deepcopy(model), state_hash(model)
+    for call in (lambda: update_bn_stats(theirs, Failing()), lambda: recalibrate(model, Failing())):
+        with pytest.raises(OSError, match="disk gone"):
+            call()
+    assert theirs[0].momentum == 1.0
+    assert (theirs[0].running_mean > 3).all()  # those of the one batch that it has seen, 5 ± 0.4
+    assert state_hash(model) == before

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_states import FrozenBatchNorm2d
 from torch import fx, nn
 from torch._dynamo import eval_frame
 
@@ -37,6 +38,8 @@ from normscope.surgery import (
     trace,
     unfreeze,
 )
+from normscope.surgery.convert import replay
+from normscope.surgery.fold import refold
 
 
 @pytest.fixture(autouse=True)
@@ -945,6 +948,9 @@ EDITS = {
     "states.load": lambda m: ns.states.load(m, KERAS, "keras", {"bn": "1"}),
     "states.to_frozen": lambda m: ns.states.to_frozen(m, X),
     "states.to_batch_norm": lambda m: ns.states.to_batch_norm(m, X),
+    "states.take_up": lambda m: ns.states.take_up(m, X),
+    "refold": lambda m: refold(m, ["1", "mine"], {"bake": True, "new": ["0"]}),
+    "replay": lambda m: replay(m, [("1", "GroupNorm(2)", [])], affine=True),
 }
 # What a model has had done to it before: without that there would be nothing to do.
 FIRST = {
@@ -952,7 +958,9 @@ FIRST = {
     "to_torch": ns.accelerate,
     "desynchronize": ns.synchronize,
     "states.to_batch_norm": ns.states.to_frozen,
+    "states.take_up": lambda m: setattr(m, "1", FrozenBatchNorm2d()),
 }
+LONG = ("fold", "accelerate", "states.take_up", "replay")  # and their passes alike
 
 
 def small():
@@ -1008,8 +1016,6 @@ def test_an_interrupt_at_any_line_leaves_no_trace(name):
         assert builtins.isinstance is ISINSTANCE, f"line {line}"
         assert "__getattribute__" not in vars(nn.Module), f"line {line}"
         line += step
-        step = (
-            1 if line < 60 else max(97 if name in ("fold", "accelerate") else 19, line // 12)
-        )  # the passes are long and alike
+        step = 1 if line < 60 else max(97 if name in LONG else 19, line // 12)
     assert line > 30
     assert state_hash(model) != before

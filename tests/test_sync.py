@@ -50,6 +50,11 @@ def test_on_another_number_of_ranks(tmp_path):
     assert torchrun(3, tmp_path, *checks) == [dict.fromkeys(checks, "")] * 3
 
 
+def test_one_rank_on_a_cpu_which_torchs_own_refuses(tmp_path):
+    checks = ("torchs_own_needs_a_gpu", "one_process_float64", "one_process_float32")
+    assert torchrun(1, tmp_path, *checks) == [dict.fromkeys(checks, "")]
+
+
 def test_the_reports_are_read():
     assert len(CHECKS) > 15
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import statistics
@@ -31,6 +30,7 @@ from normscope.records import CheckRecord, Finding, Machine, SelfTest, Sensitivi
 from normscope.report import sensitivity
 from normscope.surgery import Snapshot, find
 from normscope.surgery.find import Found
+from normscope.surgery.operation import copied
 
 __all__ = ["SelfTestReport", "selftest"]
 
@@ -153,7 +153,8 @@ def selftest(
     }  # fmt: skip
     with unharmed(model, None, loader) as (before, _):
         cache = read(loader, budget * READING)
-        bench = _Bench(model, _copied(model), cache.batches, options, start + budget, check_budget, progress)
+        twin = copied(model, "defects go into a copy; let copy.deepcopy(model) work, or test what your builder returns")
+        bench = _Bench(model, twin, cache.batches, options, start + budget, check_budget, progress)
         searches = bench.run(chosen, layer)
     control = bench.control(as_is)
     return SelfTestReport(
@@ -185,16 +186,6 @@ def _chosen(names: Iterable[str] | str | None) -> tuple[Defect, ...]:
         if name not in known:
             raise ArgumentError(f"there is no defect {name!r}", cure=f"the defects are {', '.join(known)}")
     return tuple(defect for defect in DEFECTS if wanted is None or defect.name in wanted)
-
-
-def _copied(model: Module) -> Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ArgumentError(
-            f"the model cannot be copied: {type(error).__name__}: {error}",
-            cure="defects go into a copy; let copy.deepcopy(model) work, or test the model that your builder returns",
-        ) from error
 
 
 # --- searches -----------------------------------------------------------------------------------------------------

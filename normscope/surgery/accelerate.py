@@ -20,7 +20,14 @@ from normscope.kernels import backends
 from normscope.nn.base import Layer
 from normscope.surgery.chains import programs_from
 from normscope.surgery.find import Found, Select, find, paths
-from normscope.surgery.flow import Flow, UntraceableError, flows_of, is_plain_sequential
+from normscope.surgery.flow import (
+    Flow,
+    UntraceableError,
+    flows_of,
+    has_own_forward,
+    is_plain_sequential,
+    only_holds,
+)
 from normscope.surgery.foreign import Foreign, adapt, restore
 from normscope.surgery.forward import Forward, feed
 from normscope.surgery.fused import Fused, Program, at, fusable, norms_of, programs_of
@@ -228,7 +235,7 @@ def _flows(
     ends: set[Module] = set()
     for module, _ in reversed(modules):  # what is called before what calls it
         near = [direct for norm, direct in _near(module, ends) if norm in norms]
-        if not near or not _may_own(module):
+        if not near or isinstance(module, Layer) or not has_own_forward(module):
             continue
         try:
             flows[module] = _traced(module, ends)
@@ -284,25 +291,10 @@ def _install(module: Module, programs: tuple[Program, ...]) -> None:
         vars(module).pop("_programs", None)
 
 
-def _may_own(module: Module) -> bool:
-    """Whether a module has a forward that may be rewritten."""
-    return not (
-        isinstance(module, (torch.jit.ScriptModule, Layer))
-        or _only_holds(module)
-        or "forward" in vars(module)
-        or type(module).__name__ == "OptimizedModule"  # of torch.compile, which fuses in its own way
-    )
-
-
-def _only_holds(module: Module) -> bool:
-    """Whether a module, as ModuleList, has no forward."""
-    return type(module).forward is Module.forward
-
-
 def _near(module: Module, ends: Collection[Module]) -> Iterator[tuple[Module, bool]]:
     """What a module may call without a module in between that has a forward of its own, and whether it alone does."""
     for child in module.children():
-        if _only_holds(child):
+        if only_holds(child):
             yield from _near(child, ends)
         elif is_plain_sequential(child) or child in ends:
             yield from ((norm, False) for norm, _ in _near(child, ends))

@@ -50,6 +50,7 @@ class Adaptation:
     """What an adaptation measured.
 
     Attributes:
+        first: Name of the first normalizer; empty where there is none with running statistics.
         shift: Divergence of the first normalizer's statistics from those of training, and the least that is a shift.
         mixing: Divergence of its statistics between the classes that the adapted model predicts, mean over the samples,
             and the most with which a shift can be told from a mix of classes; None where it cannot be measured.
@@ -63,6 +64,7 @@ class Adaptation:
         samples: How many samples adapted, and how many were held out.
     """
 
+    first: str
     shift: tuple[float, float]
     mixing: tuple[float, float] | None
     classes: tuple[float, float] | None
@@ -191,7 +193,7 @@ def _adapted(plan: _Plan, layers: list[Found], method: Method, select: Select, m
     """Adapt the model and measure what that did."""
     model = plan.draft.model
     before = _judged(model, plan, metric)
-    shift, mixing, classes, samples = math.inf, None, None, 0
+    first, shift, mixing, classes, samples = "", math.inf, None, None, 0
     if layers:
         old = _statistics(layers)
         samples = _measure(model, plan, layers)
@@ -217,7 +219,7 @@ def _adapted(plan: _Plan, layers: list[Found], method: Method, select: Select, m
     if method == "entropy":  # the easiest way to a low entropy is one class for everything
         classes = min(filter(None, (classes, _classes(after.probabilities, BALANCE))), default=None)
     spread = _classes(after.probabilities, SPREAD)
-    result = Adaptation((shift, SHIFT), mixing, classes, spread, None, None, (samples, held))
+    result = Adaptation(first, (shift, SHIFT), mixing, classes, spread, None, None, (samples, held))
     if before.entropy is not None and after.entropy is not None:
         result = replace(result, entropy=(before.entropy, after.entropy))
     if before.metric is not None and after.metric is not None:
@@ -255,7 +257,8 @@ def judge(measured: Adaptation) -> None:
         )
     if measured.classes is None or measured.spread is None:
         raise ArgumentError("the output is no class scores, by which the guard could judge", cure=refused)
-    cure = f"let the loader mix its classes; {refused}"
+    alone = f"select={measured.first!r} with guard=False adapts the first normalizer alone, which loses less often; "
+    cure = f"let the loader mix its classes; {alone if measured.first else ''}{refused}"
     found, wanted = measured.classes
     if found < wanted:
         raise ProofError(

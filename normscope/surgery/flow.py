@@ -15,6 +15,7 @@ import collections
 import contextlib
 import copy
 import enum
+import functools
 import inspect
 import operator
 import random
@@ -34,7 +35,17 @@ from normscope.surgery.fused import Path, at, unhooked
 from normscope.surgery.state import uninterrupted
 from normscope.surgery.traits import base_of
 
-__all__ = ["IN_PLACE", "Flow", "UntraceableError", "flows_of", "is_plain_sequential", "options_of", "path_of"]
+__all__ = [
+    "IN_PLACE",
+    "Flow",
+    "UntraceableError",
+    "flows_of",
+    "has_own_forward",
+    "is_plain_sequential",
+    "only_holds",
+    "options_of",
+    "path_of",
+]
 
 
 class UntraceableError(Exception):
@@ -47,6 +58,8 @@ class _DrawnError(UntraceableError):
 
 # A forward that draws random numbers draws them every time, another thread may not.
 TRIES = 3
+# Times that a forward may choose a branch by a value: each doubles the paths, all of which are traced.
+CHOICES = 4
 
 # What every module has, and a module's code reads only through functions of torch.
 _REGISTERED = frozenset(vars(Module())) - {"training"}
@@ -74,11 +87,34 @@ def is_plain_sequential(module: Module) -> bool:
     return base_of(type(module)).forward is nn.Sequential.forward
 
 
+def only_holds(module: Module) -> bool:
+    """Whether a module, as ModuleList, has no forward."""
+    return type(module).forward is Module.forward
+
+
+def has_own_forward(module: Module) -> bool:
+    """Whether a module runs the forward of its class, in Python."""
+    return not (
+        isinstance(module, torch.jit.ScriptModule)
+        or only_holds(module)
+        or "forward" in vars(module)
+        or type(module).__name__ == "OptimizedModule"  # of torch.compile, which fuses in its own way
+    )
+
+
 class _Value(fx.Proxy):
     """A traced value that records x += y, which torch.fx reads as x + y."""
 
+    tracer: _Tracer
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __int__(self) -> NoReturn:
+        self.tracer.refuse("it makes a number of Python of a value")
+
+    def __float__(self) -> NoReturn:
+        self.tracer.refuse("it makes a number of Python of a value")
 
 
 def _recorded_in_place(function: Callable[..., Any]) -> Callable[[_Value, Any], fx.Proxy]:
@@ -107,7 +143,9 @@ class _Tracer(fx.Tracer):
         kind: What an argument answers to isinstance: Tensor or list.
         optional: Trace arguments that have a default, too; without it they have the default.
         tensors: Modules known to return tensors. Where they are given, the path is that of the model as it is now: the
-            code may read any object, go through parameters, and ask for the types of what these modules return.
+            code may read any object, go through parameters, ask for the types of what these modules return, and choose
+            branches by values.
+        answers: How the first choices between branches fall; the others fall for the first branch.
     """
 
     proxy_buffer_attributes = True
@@ -121,9 +159,12 @@ class _Tracer(fx.Tracer):
         *,
         optional: bool = False,
         tensors: Collection[Module] | None = None,
+        answers: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
         self.looked_into, self.optional, self.kind, self.tensors = looked_into, optional, kind, tensors
+        self.answers = answers
+        self.chosen: tuple[bool, ...] = ()
         self.names = {module: tuple(name.split(".")) if name else () for name, module in owner.named_modules()}
         self.reads: dict[tuple[Path, str], Any] = {}
         self.defaults: dict[str, Any] = {}
@@ -288,8 +329,11 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def to_bool(self, _: fx.Proxy) -> bool:
-        """Refuse to choose a branch by a value."""
-        self.refuse("it chooses between branches by the value of a tensor")
+        """Choose a branch, or refuse where that would take more than can be told of a value."""
+        if self.tensors is None or len(self.chosen) == CHOICES:
+            self.refuse("it chooses between branches by the value of a tensor")
+        self.chosen += (len(self.chosen) >= len(self.answers) or self.answers[len(self.chosen)],)
+        return self.chosen[-1]
 
 
 def _bring_back(value: Any, was: Any) -> bool:
@@ -430,21 +474,41 @@ def _flows(
         for training in modes:
             for module in owner.modules() if training is not None else ():
                 vars(module)["training"] = training
-            flow, asked = _flow(owner, looked_into, Tensor, tensors)
-            flows.append(flow)
+            found, asked = _branches(owner, looked_into, Tensor, tensors)
+            flows += found
             if asked:
-                flows.append(_flow(owner, looked_into, list, tensors)[0])
+                flows += _branches(owner, looked_into, list, tensors)[0]
     return flows
 
 
-def _flow(
+def _branches(
     owner: Module, looked_into: Collection[Module], kind: type, tensors: Collection[Module] | None
-) -> tuple[Flow, bool]:
+) -> tuple[list[Flow], bool]:
+    """The paths by every answer to what the code asks of values; whether it asks for the kinds of its arguments."""
+    flows, kinds = [], False
+    waiting: list[tuple[bool, ...]] = [()]
+    while waiting:
+        answers = waiting.pop()
+        flow, tracer = _flow(owner, looked_into, kind, tensors, answers)
+        flows.append(flow)
+        kinds |= bool(tracer.asked)
+        waiting += [(*tracer.chosen[:k], False) for k in range(len(answers), len(tracer.chosen))]
+    return flows, kinds
+
+
+def _flow(
+    owner: Module,
+    looked_into: Collection[Module],
+    kind: type,
+    tensors: Collection[Module] | None,
+    answers: tuple[bool, ...],
+) -> tuple[Flow, _Tracer]:
+    trace = functools.partial(_Tracer, owner, looked_into, kind, tensors=tensors, answers=answers)
     try:
         with torch.enable_grad():
-            tracer = _Tracer(owner, looked_into, kind, tensors=tensors)
+            tracer = trace()
         with _other_modes():
-            other = _Tracer(owner, looked_into, kind, tensors=tensors)
+            other = trace()
     except UntraceableError:
         raise
     except Exception as error:
@@ -455,18 +519,18 @@ def _flow(
     if tracer.defaults:
         # Arguments with a default that are merely passed on may have any value.
         with contextlib.suppress(Exception), torch.enable_grad():
-            other = _Tracer(owner, looked_into, kind, optional=True, tensors=tensors)
+            other = trace(optional=True)
             if _signature(other) == _signature(tracer) and not other.asked - tracer.asked:
                 tracer, reads = other, reads | other.reads
     required = [name for name in tracer.accepts if name not in tracer.defaults]
     arguments = {name: kind if name in tracer.asked else object for name in required}
-    return Flow(owner, tracer.graph, tuple(tracer.accepts), arguments, reads, tuple(tracer.inlined)), bool(tracer.asked)
+    return Flow(owner, tracer.graph, tuple(tracer.accepts), arguments, reads, tuple(tracer.inlined)), tracer
 
 
 def _signature(tracer: _Tracer) -> list[Any]:
-    """A graph without the names of its nodes, arguments at their defaults."""
+    """A graph without the names of its nodes, arguments at their defaults, and its branches."""
     numbers: dict[fx.Node, Any] = {}
-    rows: list[Any] = []
+    rows: list[Any] = [tracer.chosen]
     for node in tracer.graph.nodes:
         if node.op == "placeholder":
             numbers[node] = tracer.defaults.get(node.target, ("argument", node.target))

@@ -14,7 +14,7 @@ from normscope.errors import ArgumentError
 from normscope.surgery.prove import Proof
 from normscope.surgery.state import Snapshot, uninterrupted
 
-__all__ = ["Draft", "Surgery", "operate"]
+__all__ = ["Draft", "Surgery", "copied", "operate"]
 
 # Names shown per list when a report is printed.
 SHOWN = 12
@@ -131,7 +131,7 @@ def operate(
         ArgumentError: The model cannot be copied.
         NormscopeError: The edit changed the function; it has been undone.
     """
-    original = _copied(model) if copy else model
+    original = copied(model) if copy else model
     draft = Draft(original)
     try:
         reference = None if proof is None else proof.observe(original)
@@ -151,11 +151,13 @@ def operate(
         raise
 
 
-def _copied(model: Module) -> Module:
+def copied(model: Module, cure: str = "copy=False edits it in place, and .undo() takes that back") -> Module:
+    """A deep copy.
+
+    Raises:
+        ArgumentError: The model cannot be copied.
+    """
     try:
         return copies.deepcopy(model)
     except Exception as error:
-        raise ArgumentError(
-            f"the model cannot be copied: {error}",
-            cure="copy=False edits it in place, and .undo() of the report takes that back",
-        ) from error
+        raise ArgumentError(f"the model cannot be copied: {type(error).__name__}: {error}", cure=cure) from error

@@ -310,26 +310,29 @@ class Meter:
     def mix(self, share: float, source: tuple[Tensor, Tensor]) -> None:
         """Write a mixture of given statistics, weighing `share`, and those of all calls, the pending included."""
         total = functools.reduce(Sums.merge, self.pending if self._total is None else [self._total, *self.pending])
-        freedom = total.count - 1 if _centers(self.found.module) else total.count
-        known = (total.mean, total.count >= 1), (total.square / freedom.clamp(min=1), freedom >= 1)
-        for name, old, (new, where) in zip(("running_mean", "running_var"), source, known, strict=True):
+        for (name, new, where), old in zip(self._population(total), source, strict=True):
             buffer = self.found.module.get_buffer(name)
             mixed = torch.lerp(new.to(buffer.device), old.to(buffer.device, new.dtype), share)
             buffer.copy_(torch.where(where.to(buffer.device), mixed, old.to(mixed)))
+
+    def _population(self, total: Sums) -> tuple[tuple[str, Tensor, Tensor], ...]:
+        """What "population" writes: name, values, and for which channels they are known."""
+        freedom = total.count - 1 if _centers(self.found.module) else total.count
+        return (
+            ("running_mean", total.mean, total.count >= 1),
+            ("running_var", total.square / freedom.clamp(min=1), freedom >= 1),
+        )
 
     def write(self, estimator: Estimator) -> None:
         """Write the layer's buffers; channels of which a mask has left nothing keep what they have."""
         total, module = self._total, self.found.module
         if total is None:
             return
-        if estimator == "population":
-            mean, known = total.mean, total.count >= 1
-            spread = total.count - 1 if _centers(module) else total.count
-            var, known_var = total.square / spread.clamp(min=1), spread >= 1
-        else:
-            mean, known = total.means / total.means_of.clamp(min=1), total.means_of >= 1
-            var, known_var = total.vars / total.vars_of.clamp(min=1), total.vars_of >= 1
-        for name, value, where in (("running_mean", mean, known), ("running_var", var, known_var)):
+        averages = (
+            ("running_mean", total.means / total.means_of.clamp(min=1), total.means_of >= 1),
+            ("running_var", total.vars / total.vars_of.clamp(min=1), total.vars_of >= 1),
+        )
+        for name, value, where in self._population(total) if estimator == "population" else averages:
             buffer = module.get_buffer(name)
             value, where = value.to(buffer.device), where.to(buffer.device)
             buffer.copy_(torch.where(where, value, buffer.to(value)))

@@ -20,7 +20,7 @@ from torch.nn import Module
 from normscope.surgery.absorb import absorbs, outputs_of
 from normscope.surgery.chains import reaches, writes
 from normscope.surgery.find import paths
-from normscope.surgery.flow import Flow, UntraceableError, flows_of, is_plain_sequential, path_of
+from normscope.surgery.flow import Flow, UntraceableError, flows_of, has_own_forward, is_plain_sequential, path_of
 from normscope.surgery.forward import Forward, feed, quiet
 from normscope.surgery.fused import at, unhooked
 from normscope.surgery.state import Snapshot
@@ -129,14 +129,11 @@ class Wiring:
 
     def _may_own(self, module: Module) -> bool:
         """Whether a module has a forward worth tracing."""
-        return not (
-            module in self.parts
-            or isinstance(module, torch.jit.ScriptModule)
-            or type(module).forward is Module.forward
-            or type(module).__name__ == "OptimizedModule"
-            or "forward" in vars(module)
-            or (type(module).__module__.startswith("torch.nn.modules.") and not is_plain_sequential(module))
-            or not any(child in self.parts for child in module.modules())
+        return (
+            module not in self.parts
+            and has_own_forward(module)
+            and (is_plain_sequential(module) or not type(module).__module__.startswith("torch.nn.modules."))
+            and any(child in self.parts for child in module.modules())
         )
 
     def _read(self, flow: Flow) -> None:
