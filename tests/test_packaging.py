@@ -75,7 +75,7 @@ def test_without_a_compiler_everything_works_and_one_line_says_so(source, tmp_pa
     assert run.returncode == 0, run.stderr
     where, *lines = run.stdout.splitlines()
     assert Path(where).is_relative_to(tmp_path)
-    assert [line.split()[:2] for line in lines] == [["missing", "cpu"], ["usable", "eager"]]
+    assert [line.split()[:2] for line in lines] == [["missing", "cpu"], ["missing", "triton"], ["usable", "eager"]]
     assert "not compiled: install torch and a C++20 compiler (g++), then reinstall normscope" in lines[0]
 
 

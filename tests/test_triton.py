@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -450,7 +451,7 @@ def test_odd_rows_and_tensors_that_begin_in_between_are_not_called_aligned():
 # The code of a GPU, compiled without one.
 
 
-@pytest.mark.skipif(triton.missing() == "triton is not installed: pip install 'normscope[gpu]'", reason="needs triton")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton: pip install 'normscope[gpu]'")
 def test_every_access_to_a_tensor_takes_16_bytes():
     script = Path(__file__).parents[1] / "scripts" / "triton_code.py"
     environment = {name: value for name, value in os.environ.items() if "TRITON" not in name}
