@@ -223,6 +223,17 @@ def test_compile_what_the_kernels_see_otherwise(name: str, layout: torch.memory_
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("layer", [ns.nn.BatchRenorm(4), ns.nn.SwitchNorm(4)], ids=lambda layer: type(layer).__name__)
+def test_compile_layers_that_need_the_moments(layer: nn.Module) -> None:
+    """In evaluation, too, where nothing is moved."""
+    for training in (True, False):
+        mine, compiled = (copy.deepcopy(layer).train(training) for _ in range(2))
+        x = data(3, 4, 4, 4)
+        call = torch.compile(compiled, backend="aot_eager")
+        assert_same(one_step(call, compiled, x), one_step(mine, mine, x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_functions_under_functorch_take_torchs_operators() -> None:
     def per_sample(w: Tensor, x: Tensor) -> Tensor:
         loss = lambda w, x: ns.functional.layer_norm(x, (4,), w).square().sum()  # noqa: E731

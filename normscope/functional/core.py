@@ -124,7 +124,7 @@ def apply(
             shortcut.learn(way, recipe, x, weight, bias, moved, mean)
     elif graph.serves(x, mean, var):
         moved = None
-        y, mean, var = graph.normalize(view, formula, x, weight, bias, residual, mean, var, mask, running is not None)
+        y, mean, var = graph.normalize(view, formula, x, weight, bias, residual, mean, var, mask)
         done = Normalized(y, view, None, (mean, var))
     else:
         moved = None

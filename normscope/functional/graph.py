@@ -58,22 +58,19 @@ def normalize(
     mean: Tensor | None,
     var: Tensor | None,
     mask: Tensor | None,
-    tracked: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and variance through the parts where they are wanted."""
+    """y, and mean and variance of every set, size one in the averaged parts."""
     if mask is not None:
         mask = mask.expand(view.sizes).reshape(view.shape)
     sets = math.prod([view.sizes[i] for i in view.scope.outside])
     pattern, sizes, params = view.origin
     names, numbers = [name for name, _ in sizes], [number for _, number in sizes]
     y, _, moments = torch.ops.normscope.norm.default(
-        x, weight, bias, residual, mask, mean, var, sets, tracked, pattern, names, numbers, params,
+        x, weight, bias, residual, mask, mean, var, sets, pattern, names, numbers, params,
         list(formula.inside), formula.eps, formula.center, formula.scale, formula.activation,
     )  # fmt: skip
-    moments = moments.detach()  # else a buffer would carry the graph of its last step into the next
-    if not tracked:
-        return y, moments, moments
-    return y, view.outside(moments[0]), view.outside(moments[1])
+    mean, var = moments.detach().unbind()  # else a buffer would carry the graph of its last step into the next
+    return y, view.outside(mean), view.outside(var)
 
 
 _ORIGIN = (
@@ -83,7 +80,7 @@ _ORIGIN = (
 _OPERANDS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor? mean, Tensor? var"
 _library = torch.library.Library("normscope", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
-    f"norm({_OPERANDS}, SymInt sets, bool tracked, {_ORIGIN}) -> (Tensor, Tensor, Tensor)"
+    f"norm({_OPERANDS}, SymInt sets, {_ORIGIN}) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(  # type: ignore[no-untyped-call]
     f"norm_backward(Tensor gy, {_OPERANDS}, Tensor statistics, bool[] needs, {_ORIGIN}) "
@@ -124,8 +121,8 @@ class _Call:
 
 
 def _forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, residual, mask, mean, var, sets, tracked = call[:9]
-    c = _Call(x, weight, bias, residual, mask, mean, var, call[9:])
+    x, weight, bias, residual, mask, mean, var, sets = call[:8]
+    c = _Call(x, weight, bias, residual, mask, mean, var, call[8:])
     r = c.recipe
     if r is None:
         z, mean, var = c.operators(c.x, c.weight, c.bias, c.residual)
@@ -135,8 +132,7 @@ def _forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
         mean, var = (None if t is None else r.given(t) for t in (mean, var))
         y, statistics = compiled.forward(r, c.x, weight, bias, c.residual, mean, var, c.mask)
         mean, var = r.moments(statistics)
-    moments = torch.stack([c.view.sets(t).reshape(-1) for t in (mean, var)]) if tracked else torch.empty(2, 0)
-    return y, statistics, moments
+    return y, statistics, torch.stack([c.view.sets(t).reshape(-1) for t in (mean, var)])
 
 
 def _backward(gy: Tensor, *call: Any) -> tuple[Tensor, ...]:
@@ -163,9 +159,8 @@ def _backward(gy: Tensor, *call: Any) -> tuple[Tensor, ...]:
 
 
 def _sizes_forward(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    sets, tracked = call[6:8]
-    moments = x.new_empty((2, sets if tracked else 0), dtype=torch.float32)
-    return torch.empty_like(x), x.new_empty((5, sets), dtype=torch.float32), moments
+    statistics, moments = (x.new_empty((rows, call[6]), dtype=torch.float32) for rows in (5, 2))
+    return torch.empty_like(x), statistics, moments
 
 
 def _sizes_backward(_: Tensor, x: Tensor, weight: Any, bias: Any, *call: Any) -> tuple[Tensor, ...]:
@@ -174,9 +169,8 @@ def _sizes_backward(_: Tensor, x: Tensor, weight: Any, bias: Any, *call: Any) ->
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    *tensors, _, _ = inputs[:9]
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.origin = inputs[9:]
+    ctx.save_for_backward(*inputs[:7], output[1])
+    ctx.origin = inputs[8:]
     ctx.set_materialize_grads(False)
 
 
