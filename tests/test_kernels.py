@@ -4,6 +4,9 @@ The laws cover small and ragged tensors; here are runs longer than a segment (20
 more rows than a block (128), slabs larger than the cache (2¹⁸ cells), more tasks than accumulators (64).
 """
 
+import ctypes
+import math
+import mmap
 import os
 import subprocess
 import sys
@@ -16,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import normscope as ns
 from normscope import oracle
-from normscope.functional import shortcut, view
+from normscope.functional import compiled, shortcut, view
 from normscope.kernels import cpu
+from normscope.kernels.formula import Formula
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=f"no compiled kernels here: {cpu.missing()}")
 
@@ -281,6 +285,53 @@ def test_a_tensor_that_does_not_match_its_plan_is_refused():
         )
 
 
+def up_to_a_guard(shape, dtype):
+    """A tensor whose last cell is the last of a page; the pages before and behind it may not be touched."""
+    count, page = math.prod(shape), mmap.PAGESIZE
+    size = count * dtype.itemsize
+    pages = -(-size // page) + 2
+    memory = mmap.mmap(-1, pages * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for at in (0, (pages - 1) * page):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + at), page, 0) == 0
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=(pages - 1) * page - size).view(shape)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect as Linux has it")
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize(
+    ("pattern", "shape"),
+    [
+        ("... [c]", (3, 9)),
+        ("... [c]", (331, 40)),
+        ("... [c]", (37, 257)),
+        ("[n] c [h w]", (3, 5, 17, 19)),
+        ("[n h w] c", (3, 5, 7, 37)),
+        ("[n] c [h w]", (5, 9, 7, 7)),
+    ],
+)
+def test_no_cell_beyond_the_ends_is_touched(pattern, shape, activation, dtype):
+    """A read or write outside would end the process; where tensors begin is as odd as their sizes."""
+    x, gy, residual, y, dx, dresidual = (up_to_a_guard(shape, dtype) for _ in range(6))
+    for t in (x, gy, residual):
+        t.normal_()
+    channels = view.view_of(x, pattern, {}, "c")
+    formula = Formula(channels.inside, 1e-5, activation=activation)
+    layout = compiled.layout_of(x, channels, channels.params)
+    count = shape[channels.params[0]]
+    weight, bias, dweight, dbias = (up_to_a_guard((count,), torch.float32).fill_(1) for _ in range(4))
+    statistics = up_to_a_guard((5, layout.set_count), torch.float32)
+    flags = cpu._flags(formula, False)
+    torch.ops.normscope.forward(
+        x, residual, None, y, weight, bias, None, None, statistics, layout.plan, flags, formula.eps
+    )
+    torch.ops.normscope.backward(
+        gy, x, residual, None, None, dx, dresidual, weight, bias, statistics, dweight, dbias, layout.plan, flags
+    )
+    assert all(t.isfinite().all() for t in (y, dx, dresidual, dweight, dbias))
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_of_this_machine(isa):
     def python(*arguments):
@@ -292,6 +343,8 @@ def test_every_instruction_set_of_this_machine(isa):
     used = python("-c", "from normscope.kernels import cpu; cpu.missing(); print(cpu.isa())").stdout.strip()
     if used != isa or isa == cpu.isa():
         return  # this machine lacks it, or the other tests of this file have just run it
-    chosen = "test_against_the_oracle and (plain or silu) or test_an_offset or test_a_bad_first_guess"
+    chosen = (
+        "test_against_the_oracle and (plain or silu) or test_an_offset or test_a_bad_first_guess or beyond_the_ends"
+    )
     result = python("-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", chosen)
     assert result.returncode == 0, result.stdout[-3000:]
