@@ -46,6 +46,7 @@ calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.fixture
 def entered(monkeypatch):
     """How each call ended: True where the shortcut served."""
+    monkeypatch.setattr(shortcut, "_doors", {})  # whatever other tests have left there
     ways, enter = [], shortcut.enter
     monkeypatch.setattr(shortcut, "enter", lambda *a, **k: [ways.append((y := enter(*a, **k)) is not None), y][1])
     return ways
@@ -207,7 +208,7 @@ def test_inference_mode_and_empty_batches(entered):
         assert torch.equal(ns.functional.group_norm(x, 3), y)
         assert ns.functional.batch_norm(x, *running(), training=True).is_inference()
         assert ns.functional.batch_norm(x, *running(), training=True).is_inference()
-    assert entered == [False, True, False, True] or entered == [True, True, True, True]
+    assert entered == [False, True, False, True]
     for _ in range(2):
         assert ns.functional.batch_norm(x[:0], *running()).shape == (0, C, 5, C)
         assert not entered.pop()

@@ -22,7 +22,7 @@ from normscope.functional.view import View, view_of
 from normscope.kernels import cpu, triton
 from normscope.kernels.formula import Formula
 
-__all__ = ["Recipe", "Saved", "backend_of", "backward", "forward", "layout_of", "normalize", "recipe_of"]
+__all__ = ["Recipe", "Saved", "backend_of", "backward", "forward", "layout_of", "learns", "normalize", "recipe_of"]
 
 _UNTRACKED = Running(None, None, 0.0)
 _KEPT = 64  # recipes per view; a view is one shape, so more means strides that never come back
@@ -98,6 +98,11 @@ def backend_of(x: Tensor) -> Any:
     return next((backend for backend in (triton, cpu) if backend.serves(x)), None)
 
 
+def learns(*moments: Tensor | None) -> bool:
+    """Whether given moments want a gradient, which these kernels do not compute."""
+    return any(t is not None and t.requires_grad for t in moments)
+
+
 def recipe_of(
     x: Tensor, view: View, formula: Formula, learned: bool, mean: Tensor | None, var: Tensor | None
 ) -> Recipe | None:
@@ -105,7 +110,7 @@ def recipe_of(
     backend = backend_of(x)
     if backend is None:
         return None
-    if (mean is not None and mean.requires_grad) or (var is not None and var.requires_grad):
+    if learns(mean, var):
         return None
     key = (backend, x.stride(), formula, learned)
     if key not in view.recipes:

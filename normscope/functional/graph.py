@@ -22,7 +22,8 @@ from normscope.kernels.formula import Formula
 
 __all__ = ["normalize", "serves"]
 
-# Below it what surrounds an operator in Python (some 40 µs) costs more than the compiler's loops lose.
+# Below it what surrounds the operators in Python costs more than the compiler's loops lose. A step of BatchNorm with a
+# ReLU apart: 770 µs against 560 at 2¹⁵ cells, 2320 against 2270 at 2¹⁸, 7600 against 8200 at 2²⁰.
 LEAST_CELLS = 1 << 17
 
 
@@ -42,8 +43,7 @@ def serves(x: Tensor, mean: Tensor | None, var: Tensor | None) -> bool:
         and x.device.type == "cpu"
         and x.dtype in cpu.DTYPES
         and x.numel() >= LEAST_CELLS
-        and not (mean is not None and mean.requires_grad)
-        and not (var is not None and var.requires_grad)
+        and not compiled.learns(mean, var)
         and _usable()
     )
 

@@ -20,8 +20,8 @@ def _unit(a: int, b: int, kernel: int, norm: str, activation: str, stride: int =
 
 
 # Figure 5 of the paper: 1 × 1; 3 × 3 reduced, 3 × 3; double 3 × 3 reduced, double 3 × 3; the pool and its projection.
-# With no 1 × 1 the module has stride 2 and hands its pooled input on. For 4c and 4d the figure says "avg + 128", but
-# also that they give 576 maps, as what follows needs: 96.
+# With no 1 × 1 the module has stride 2 and hands its pooled input on. The pools of 4c and 4d are projected to 96 maps,
+# with which the 576 of the figure come out.
 INCEPTION: tuple[tuple[str, int, tuple[int, int], tuple[int, int], str, int], ...] = (
     ("3a", 64, (64, 64), (64, 96), "avg", 32),
     ("3b", 64, (64, 96), (64, 96), "avg", 64),
