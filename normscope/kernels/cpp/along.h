@@ -98,20 +98,21 @@ float run_guess(const T* x, const uint8_t* mask, int64_t n) {
 template <class T>
 void forward_along(const Forward& f) {
   const Plan& p = f.plan;
-  const Along<T> along{p};
+  const Plan joined = p.joined();
+  const Along<T> along{p}, whole{joined};
   const ForwardTensors<T> tensors(f);
   const int64_t tasks = p.task_count();
   const bool inner = p.param_inner;
   const RunParams<T> params(p, f.weight, f.bias, inner && (f.weight || f.bias));
   const bool counts = f.mask != nullptr;
-  const int64_t blocks = along.blocks, partials = f.given ? 0 : tasks * blocks;
+  const int64_t blocks = std::max(along.blocks, whole.blocks), partials = f.given ? 0 : tasks * blocks;
   auto first = buffer<double>(partials), second = buffer<double>(partials), kept = buffer<double>(counts ? partials : 0);
   auto shifts = buffer<float>(tasks);
 
   auto squares = [&](int64_t t, int64_t b) {
     const int64_t base = p.task(t).stride;
     Sums sums;
-    along.block(b, [&](int64_t offset, int64_t, int64_t n, int64_t) {
+    whole.block(b, [&](int64_t offset, int64_t, int64_t n, int64_t) {
       offset += base;
       sums += run_squares(tensors.x + offset, counts ? tensors.mask + offset : nullptr, n, shifts[t]);
     });
@@ -122,7 +123,7 @@ void forward_along(const Forward& f) {
     shifts[t] = 0;
     if (!f.given && f.center) {
       const int64_t base = p.task(t).stride;
-      shifts[t] = run_guess(tensors.x + base, counts ? tensors.mask + base : nullptr, p.length);
+      shifts[t] = run_guess(tensors.x + base, counts ? tensors.mask + base : nullptr, joined.length);
     }
   };
   auto statistics = [&](int64_t t, int64_t b) {
@@ -257,6 +258,19 @@ void backward_along(const Backward& f) {
       float *dw = learns ? sums.weight.get() + unit * sums.size : nullptr, *db = learns ? sums.bias.get() + unit * sums.size : nullptr;
       const W centre = step(high), scale = step(rstd), rest = step(-low * rstd);
       Sums set;
+      Totals totals, products;
+      int64_t params_of[kTogether], waiting = 0;
+      auto settle = [&] {
+        alignas(64) double g[kTogether], gd[kTogether];
+        totals.into(g, 1);
+        products.into(gd, 1);
+        for (int64_t r = 0; r < waiting; ++r) {
+          const double gx = (gd[r] - low * g[r]) * rstd, weight = !inner && f.weight ? f.weight[task.param + params_of[r]] : 1.0;
+          if (!inner && dw) dw[params_of[r]] += static_cast<float>(gx), db[params_of[r]] += static_cast<float>(g[r]);
+          set += Sums{g[r] * weight, gx * weight, 0};
+        }
+        waiting = 0;
+      };
       along.block(b, [&](int64_t offset, int64_t j, int64_t n, int64_t row) {
         const int64_t at = task.param + row;
         W first = step(0), second = step(0);
@@ -281,11 +295,10 @@ void backward_along(const Backward& f) {
             });
           }
         });
-        const double g = sum(first), gx = (sum(second) - low * g) * rstd;
-        const double weight = !inner && f.weight ? f.weight[at] : 1.0;
-        if (!inner && dw) dw[row] += static_cast<float>(gx), db[row] += static_cast<float>(g);
-        set += Sums{g * weight, gx * weight, 0};
+        totals.put(waiting, first), products.put(waiting, second), params_of[waiting] = row;
+        if (++waiting == kTogether) settle();
       });
+      settle();
       partial[t * along.blocks + b] = set;
     };
     auto apply = [&](int64_t t, int64_t b) {

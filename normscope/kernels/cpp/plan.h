@@ -70,6 +70,12 @@ struct Plan {
       }
     return length < sets * fold ? length : sets * fold;
   }
+  // The same sets, where runs that lie end to end are one: for sums over cells, which know no parameters.
+  Plan joined() const {
+    Plan p = *this;
+    if (!across && rows[1].stride == length) p.length *= rows[1].size, p.rows[1] = {1, 0, 0};
+    return p;
+  }
   int64_t set_count() const { return task_count() * sets_per_task(); }
   int64_t numel() const { return task_count() * row_count() * length; }
   int64_t tiles() const { return (length + tile() - 1) / tile(); }

@@ -3,19 +3,7 @@
 // Included inside the namespace of an instruction set by bodies.h. What `along` spends on a run before its first cell, and
 // on waiting for its sums, roots and divisions, is as much as some hundred cells take; so several runs go together.
 
-constexpr int64_t kTogether = 16;  // runs whose moments are computed in the same vectors
 constexpr int kBeside = 4;         // runs whose gradients are added to the parameters' sums at once
-
-// Sums of several runs: four numbers each, added up for all of them in the same vectors.
-struct Totals {
-  alignas(64) float quarters[4 * kTogether] = {};
-  void put(int64_t run, const W& sums) { put_quarter(quarters + 4 * run, sums); }
-  void into(double* __restrict total, double each) const {
-    const float* q = quarters;
-    for (int64_t r = 0; r < kTogether; ++r)
-      total[r] = ((static_cast<double>(q[4 * r]) + q[4 * r + 1]) + (static_cast<double>(q[4 * r + 2]) + q[4 * r + 3])) * each;
-  }
-};
 
 template <class Call>
 bool by_rows(const Call& f) {

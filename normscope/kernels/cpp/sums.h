@@ -86,6 +86,19 @@ struct Sums {
   void operator+=(const Sums& o) { first += o.first, second += o.second, count += o.count; }
 };
 
+constexpr int64_t kTogether = 16;  // runs whose sums are added up in the same vectors
+
+// Sums of several runs: four numbers each, then of all of them at once.
+struct Totals {
+  alignas(64) float quarters[4 * kTogether] = {};
+  void put(int64_t run, const W& sums) { put_quarter(quarters + 4 * run, sums); }
+  void into(double* __restrict total, double each) const {
+    const float* q = quarters;
+    for (int64_t r = 0; r < kTogether; ++r)
+      total[r] = ((static_cast<double>(q[4 * r]) + q[4 * r + 1]) + (static_cast<double>(q[4 * r + 2]) + q[4 * r + 3])) * each;
+  }
+};
+
 struct Moments {
   float high, low, var, rstd;
 };
