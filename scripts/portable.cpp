@@ -83,7 +83,7 @@ Doubles formula(const Plan& p, const Inputs& in, int64_t activation) {
   return y;
 }
 
-// Numbers as they are stored, and back: float32, bfloat16, and float16 for numbers of ordinary size.
+// Numbers as they are stored, and back: float32, bfloat16, float16 for numbers of ordinary size, and float64.
 uint16_t narrowed(int dtype, double v) {
   float f = static_cast<float>(v);
   uint32_t bits;
@@ -103,18 +103,25 @@ double widened(int dtype, uint16_t half) {
   return half & 0x8000 ? -size : size;
 }
 
+constexpr int kDouble = 3;
+
 struct Stored {
   int dtype;
   std::vector<float> single;
   std::vector<uint16_t> half;
-  Stored(int type, int64_t n) : dtype(type), single(type ? 0 : n), half(type ? n : 0) {}
+  Doubles wide;
+  Stored(int type, int64_t n) : dtype(type), single(type ? 0 : n), half(type == 1 || type == 2 ? n : 0), wide(type == kDouble ? n : 0) {}
   Stored(int type, Doubles& v) : Stored(type, static_cast<int64_t>(v.size())) {  // rounds the doubles, too
     for (size_t i = 0; i < v.size(); ++i)
-      if (type) half[i] = narrowed(type, v[i]), v[i] = widened(type, half[i]);
+      if (type == kDouble) wide[i] = v[i];
+      else if (type) half[i] = narrowed(type, v[i]), v[i] = widened(type, half[i]);
       else single[i] = static_cast<float>(v[i]), v[i] = single[i];
   }
-  void* data() { return dtype ? static_cast<void*>(half.data()) : static_cast<void*>(single.data()); }
-  double at(size_t i) const { return dtype ? widened(dtype, half[i]) : single[i]; }
+  void* data() {
+    if (dtype == kDouble) return wide.data();
+    return dtype ? static_cast<void*>(half.data()) : static_cast<void*>(single.data());
+  }
+  double at(size_t i) const { return dtype == kDouble ? wide[i] : dtype ? widened(dtype, half[i]) : single[i]; }
 };
 
 // Where the slope of an activation jumps, neither rounding nor the difference would be small. The residual moves z alone.
@@ -127,28 +134,31 @@ void away_from_kinks(Inputs& in, const Doubles& z) {
 double dot(const Doubles& a, const Doubles& b) { return std::inner_product(a.begin(), a.end(), b.begin(), 0.0); }
 
 // The largest error of the forward pass and that of the derivative, each as a share of what rounding allows.
+template <class Number>
 double worst(const Plan& p, int dtype, int64_t activation) {
   const int64_t n = p.numel(), params = p.param_count(), sets = p.set_count();
   Inputs in{random(n, 2, 0.5), random(params), random(params), random(n)};
   Doubles gy = random(n);
-  Stored x(dtype, in.x), weight(0, in.weight), bias(0, in.bias), g(dtype, gy);
+  const int numbers = dtype == kDouble ? kDouble : 0;
+  Stored x(dtype, in.x), weight(numbers, in.weight), bias(numbers, in.bias), g(dtype, gy);
   away_from_kinks(in, formula(p, in, 0));
-  Stored residual(dtype, in.residual), y(dtype, n), dx(dtype, n), dresidual(dtype, n), dweight(0, params), dbias(0, params);
-  std::vector<float> s(static_cast<size_t>(5 * sets));
-  float *high = s.data(), *low = high + sets, *var = low + sets, *rstd = var + sets, *count = rstd + sets;
-  float *w = weight.single.data(), *b = bias.single.data();
+  Stored residual(dtype, in.residual), y(dtype, n), dx(dtype, n), dresidual(dtype, n), dweight(numbers, params), dbias(numbers, params);
+  std::vector<Number> s(static_cast<size_t>(5 * sets));
+  Number *high = s.data(), *low = high + sets, *var = low + sets, *rstd = var + sets, *count = rstd + sets;
+  auto *w = static_cast<Number*>(weight.data()), *b = static_cast<Number*>(bias.data());
 
-  kernels_baseline().forward[dtype]({p, x.data(), residual.data(), y.data(), nullptr, w, b, high, low, var, rstd, count, false,
-                                     true, true, kEps, activation});
-  kernels_baseline().backward[dtype]({p, g.data(), x.data(), residual.data(), nullptr, dx.data(), dresidual.data(), nullptr, w, b,
-                                      high, low, rstd, count, dweight.single.data(), dbias.single.data(), false, true, true,
-                                      activation});
+  kernels_baseline().run(dtype, Forward<Number>{p, x.data(), residual.data(), y.data(), nullptr, w, b, high, low, var, rstd, count,
+                                                false, true, true, kEps, activation});
+  kernels_baseline().run(dtype, Backward<Number>{p, g.data(), x.data(), residual.data(), nullptr, dx.data(), dresidual.data(),
+                                                 nullptr, w, b, high, low, rstd, count, static_cast<Number*>(dweight.data()),
+                                                 static_cast<Number*>(dbias.data()), false, true, true, activation});
 
-  const double unit = dtype == 0 ? 0x1p-24 : dtype == 1 ? 0x1p-8 : 0x1p-11;  // half a unit of the last place
+  const double last = dtype == kDouble ? 0x1p-53 : 0x1p-24;
+  const double unit = dtype == kDouble ? last : dtype == 0 ? 0x1p-24 : dtype == 1 ? 0x1p-8 : 0x1p-11;  // half a unit of the last place
   const Doubles truth = formula(p, in, activation);
   double error = 0;
   for (size_t i = 0; i < truth.size(); ++i)
-    error = std::fmax(error, std::fabs(y.at(i) - truth[i]) / (unit * std::fabs(truth[i]) + 20 * 0x1p-24 * 10));
+    error = std::fmax(error, std::fabs(y.at(i) - truth[i]) / (unit * std::fabs(truth[i]) + 20 * last * 10));
 
   const Inputs v{random(n), random(params), random(params), random(n)};
   const auto moved = [&](double h) {
@@ -191,9 +201,9 @@ int main() {
   };
   int failed = 0, passed = 0;
   for (const auto& c : cases)
-    for (int dtype = 0; dtype < 3; ++dtype)
+    for (int dtype = 0; dtype <= kDouble; ++dtype)
       for (int64_t activation = 0; activation < kActivationCount; ++activation) {
-        const double share = worst(c.plan, dtype, activation);
+        const double share = dtype == kDouble ? worst<double>(c.plan, dtype, activation) : worst<float>(c.plan, dtype, activation);
         if (share <= 1) ++passed;
         else ++failed, std::printf("%s, dtype %d, activation %d: %.2g times what rounding allows\n", c.name, dtype, int(activation), share);
       }

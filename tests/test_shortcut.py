@@ -212,3 +212,42 @@ def test_inference_mode_and_empty_batches(entered):
     for _ in range(2):
         assert ns.functional.batch_norm(x[:0], *running()).shape == (0, C, 5, C)
         assert not entered.pop()
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("used", ["both", "norm", "sum"])
+@pytest.mark.parametrize(
+    ("shape", "swept"),
+    [((37, 40), True), ((3, 5, 3000), True), ((2, 70001), True), ((64, 9000), True), ((6, 5), False)],
+)
+def test_a_sum_is_normalized_in_one_sweep(shape, swept, used, dtype, monkeypatch):
+    """From the second call on, and bit for bit what adding first gives, gradients included."""
+    monkeypatch.setattr(shortcut, "_doors", {})
+    leaves = [torch.randn(shape, dtype=dtype) for _ in range(2)] + [torch.randn(shape[-1:]) for _ in range(2)]
+    upstream = [torch.randn(shape, dtype=dtype) for _ in range(2)]
+    chosen, count = {"both": (slice(2), 4), "norm": (slice(1), 4), "sum": (slice(1, 2), 2)}[used]
+
+    def call(**options):
+        tensors = [t.clone().requires_grad_() for t in leaves]
+        found = ns.functional.add_norm(*tensors[:2], shape[-1:], *tensors[2:], eps=1e-5, **options)
+        gradients = torch.autograd.grad(found[chosen], tensors[:count], upstream[chosen])
+        return found[0].grad_fn is found[1].grad_fn, [*found, *gradients]
+
+    for options in ({}, {"center": False, "activation": "relu"}, {"activation": "gelu"}):
+        (added, want), (together, got) = call(**options), call(**options)
+        assert (added, together) == (False, swept)
+        assert all(map(torch.equal, got, want))
+
+
+def test_second_gradients_of_a_sum():
+    tensors = [torch.randn(3, 9, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    tensors += [torch.randn(9, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def both(x, addend, weight, bias):
+        return ns.functional.add_norm(x, addend, (9,), weight, bias, activation="gelu")
+
+    both(*tensors)
+    y, total = both(*tensors)
+    assert y.grad_fn is total.grad_fn
+    assert torch.autograd.gradcheck(both, tensors)
+    assert torch.autograd.gradgradcheck(both, tensors)

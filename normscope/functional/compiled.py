@@ -19,7 +19,7 @@ from normscope.functional import running as statistics_policy
 from normscope.functional.autograd import Operands, gradients
 from normscope.functional.running import Running, recomputing
 from normscope.functional.view import View, view_of
-from normscope.kernels import cpu, triton
+from normscope.kernels import COMPUTE_DTYPE, cpu, triton
 from normscope.kernels.formula import Formula
 
 __all__ = ["Recipe", "Saved", "backend_of", "backward", "forward", "layout_of", "learns", "normalize", "recipe_of"]
@@ -77,7 +77,7 @@ class Recipe(NamedTuple):
             if (
                 t is None
                 or t.numel() != count
-                or t.dtype != torch.float32
+                or t.dtype != COMPUTE_DTYPE[x.dtype]
                 or t.device != x.device
                 or not t.is_contiguous()
             ):
@@ -93,8 +93,6 @@ class Recipe(NamedTuple):
 
 def backend_of(x: Tensor) -> Any:
     """The module of compiled kernels for a tensor's device and dtype, or None where the eager ones serve it."""
-    if x.dtype not in cpu.DTYPES:
-        return None
     return next((backend for backend in (triton, cpu) if backend.serves(x)), None)
 
 
@@ -199,7 +197,7 @@ def forward(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y and the statistics, with no gradient; parameters and moments in the order of the loops."""
-    weight, bias, mean, var = (_numbers(t) for t in (weight, bias, mean, var))
+    weight, bias, mean, var = (_numbers(t, x) for t in (weight, bias, mean, var))
     found: tuple[Tensor, Tensor] = recipe.backend.forward(
         x, recipe.layout, recipe.formula, weight, bias, _like(residual, x), mask, mean, var
     )
@@ -224,9 +222,9 @@ class Saved(NamedTuple):
     ) -> Saved:  # fmt: skip
         """A residual serves only to compute z again; for the gate of a ReLU y does, which the next layer keeps anyway.
 
-        (float16 has one kind of loop for all activations, which reads z.)
+        (float16 and float64 have one kind of loop for all activations, which reads z.)
         """
-        gated = residual is not None and activation == "relu" and x.dtype != torch.float16
+        gated = residual is not None and activation == "relu" and x.dtype not in (torch.float16, torch.float64)
         kept = residual if activation is not None and not gated else None
         return Saved(x, weight, bias, kept, mask, y if gated else None, statistics)
 
@@ -234,8 +232,9 @@ class Saved(NamedTuple):
 def backward(recipe: Recipe, gy: Tensor, saved: Saved, fixed: bool, needs: Sequence[bool]) -> cpu.Gradients:
     """The gradients of x, weight, bias and residual as far as they are needed, with no gradient of their own."""
     x, weight, bias, residual, mask, y, statistics = saved
+    weights = _numbers(weight, x), _numbers(bias, x)
     g = recipe.backend.backward(
-        _like(gy, x), x, recipe.layout, recipe.formula, _numbers(weight), _numbers(bias), _like(residual, x), y, mask,
+        _like(gy, x), x, recipe.layout, recipe.formula, *weights, _like(residual, x), y, mask,
         statistics, fixed=fixed, needs_x=needs[0], needs_params=needs[1] or needs[2], needs_residual=needs[3],
     )  # fmt: skip
     dweight, dbias = (
@@ -327,9 +326,9 @@ def _gradients(gy: Tensor, *rest: Any) -> list[Tensor | None]:
     return [t for t, needed in zip(found, needs, strict=True) if needed]
 
 
-def _numbers(t: Tensor | None) -> Tensor | None:
-    """Contiguous float32, as the kernels read weights, biases and moments."""
-    return t if t is None else t.detach().float().contiguous()
+def _numbers(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """Contiguous, in what x is computed in, as the kernels read weights, biases and moments."""
+    return t if t is None else t.detach().to(COMPUTE_DTYPE[x.dtype]).contiguous()
 
 
 def _like(t: Tensor | None, x: Tensor) -> Any:

@@ -17,7 +17,7 @@ from normscope.functional import compiled
 from normscope.functional.autograd import Operands, normalize_parts
 from normscope.functional.compiled import Saved
 from normscope.functional.view import View, view_of
-from normscope.kernels import cpu
+from normscope.kernels import COMPUTE_DTYPE, cpu
 from normscope.kernels.formula import Formula
 
 __all__ = ["normalize", "serves"]
@@ -126,7 +126,7 @@ def _forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
     r = c.recipe
     if r is None:
         z, mean, var = c.operators(c.x, c.weight, c.bias, c.residual)
-        y, statistics = torch.empty_like(c.x).copy_(z), torch.zeros(5, sets)
+        y, statistics = torch.empty_like(c.x).copy_(z), torch.zeros(5, sets, dtype=COMPUTE_DTYPE[x.dtype])
     else:
         weight, bias = r.ordered(weight), r.ordered(bias)
         mean, var = (None if t is None else r.given(t) for t in (mean, var))
@@ -159,7 +159,7 @@ def _backward(gy: Tensor, *call: Any) -> tuple[Tensor, ...]:
 
 
 def _sizes_forward(x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    statistics, moments = (x.new_empty((rows, call[6]), dtype=torch.float32) for rows in (5, 2))
+    statistics, moments = (x.new_empty((rows, call[6]), dtype=COMPUTE_DTYPE[x.dtype]) for rows in (5, 2))
     return torch.empty_like(x), statistics, moments
 
 

@@ -161,7 +161,7 @@ def plan(x: Tensor, scope: str, **sizes: int) -> Plan:
           sets    64 (one per c) of 100352 cells
           memory  S(i, j) = {i·0 + j·3136 + p·200704 + q}, i < 1, j < 64, p < 32, q < 3136
           loop    along: 32 runs of 3136 contiguous cells per set
-          kernel  cpu: compiled loops (...), float32, bfloat16 and float16, dense tensors
+          kernel  cpu: compiled loops (...), float64, float32, bfloat16 and float16, dense tensors
           bytes   forward 51.4 MB (floor 51.4 MB), backward 77.1 MB (floor 77.1 MB)
     """
     check_dtype(x, "plan")

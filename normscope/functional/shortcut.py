@@ -17,7 +17,7 @@ from normscope.functional.compiled import Recipe
 from normscope.functional.running import Running
 from normscope.kernels import cpu
 
-__all__ = ["enter", "learn"]
+__all__ = ["enter", "enter_sum", "learn"]
 
 _MOST = 1024  # doors; more means arguments that never come back
 _doors: dict[Hashable, cpu.Door] = {}
@@ -51,6 +51,24 @@ def enter(
     if door is None or type(momentum) is not float:
         return None
     return door.enter(x, weight, bias, residual, mean, var, momentum, statistics_policy.SKIP_NONFINITE)
+
+
+def enter_sum(
+    way: Hashable, x: Tensor, addend: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """What `enter` finds for x + addend, and x + addend, in one sweep; None where it has to be added first.
+
+    Args:
+        way: As in `enter`.
+        x: The one.
+        addend: The other.
+        weight: γ.
+        bias: β.
+    """
+    if not is_plain() or (door := _doors.get(way)) is None:
+        return None
+    found = door.enter_sum(x, addend, weight, bias)
+    return (found[0], found[1]) if found else None
 
 
 def learn(

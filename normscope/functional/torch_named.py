@@ -371,6 +371,11 @@ def add_norm(
             activation=activation, mask=mask,
         )  # fmt: skip
     check_dtype(x, "add_norm")
+    if eps is None:
+        eps = 1e-5 if center else torch.finfo(COMPUTE_DTYPE[torch.result_type(x, residual)]).eps
+    way = _way(normalized_shape, eps, center, activation)
+    if mask is None and x.is_contiguous() and (pair := shortcut.enter_sum(way, x, residual, weight, bias)) is not None:
+        return pair
     try:
         total = x + residual.expand_as(x)
     except RuntimeError:
@@ -378,12 +383,14 @@ def add_norm(
             f"a residual of shape {tuple(residual.shape)} does not fit an input of shape {tuple(x.shape)}",
             cure="pass a residual of the input's shape",
         ) from None
-    if eps is None:
-        eps = 1e-5 if center else torch.finfo(COMPUTE_DTYPE[total.dtype]).eps
     normalized = _trailing(
         total, normalized_shape, weight, bias, eps, center, activation, None, mask, "expected input with shape [*, "
     )
     return normalized, total
+
+
+def _way(normalized_shape: Sequence[int], eps: float, center: bool, activation: str | None) -> Hashable:
+    return (_trailing, tuple(normalized_shape), eps, center, activation)
 
 
 def _trailing(
@@ -400,7 +407,7 @@ def _trailing(
 ) -> Tensor:
     if not x.is_contiguous():
         x = _in_format(x)
-    way = (_trailing, tuple(normalized_shape), eps, center, activation)
+    way = _way(normalized_shape, eps, center, activation)
     if mask is None and (y := shortcut.enter(way, x, weight, bias, residual)) is not None:
         return y
     check_dtype(x, "LayerNormKernelImpl")

@@ -66,7 +66,7 @@ def backends() -> Backends:
     Example:
         >>> import normscope as ns
         >>> print(ns.backends())
-        usable   cpu      cpu    compiled loops (...), float32, bfloat16 and float16, dense tensors
+        usable   cpu      cpu    compiled loops (...), float64, float32, bfloat16 and float16, dense tensors
         ...      triton   cuda   ...
         usable   eager    any    torch operators, every dtype, layout and transformation
     """
@@ -74,7 +74,7 @@ def backends() -> Backends:
 
     serves = "float32, bfloat16 and float16, dense tensors"
     missing, no_gpu = cpu.missing(), triton.missing()
-    loops = f"compiled loops ({cpu.isa()}), {serves}" if missing is None else missing
+    loops = f"compiled loops ({cpu.isa()}), float64, {serves}" if missing is None else missing
     gpu = f"{'its interpreter on the CPU, for tests' if triton.interpreted() else 'compiled for the GPU'}, {serves}"
     return Backends(
         [

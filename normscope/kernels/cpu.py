@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normscope.kernels import COMPUTE_DTYPE
 from normscope.kernels.formula import Formula
 
 __all__ = [
@@ -50,7 +51,7 @@ FUSED: dict[str | None, int] = {None: 0} | {name: number for number, name in enu
 SHORT_RUN = 256
 GIVEN_SHORT_RUN = 128  # the same where moments are given: there is nothing to sum, and memory is swept in its order
 TINY_RUN = 8  # the same where a set is a single run, so that there is nothing to add up row by row
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _LIBRARY = Path(__file__).with_name("cpp") / "libnormscope.so"
 _AUTOGRAD = _LIBRARY.with_name(f"libnormscope_autograd-{torch.__version__.partition('+')[0]}.so")
@@ -72,8 +73,8 @@ def missing() -> str | None:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether these kernels compute on a tensor's device."""
-    return x.is_cpu and missing() is None
+    """Whether these kernels compute tensors like this one."""
+    return x.is_cpu and x.dtype in DTYPES and missing() is None
 
 
 def autograd_missing() -> str | None:
@@ -253,14 +254,14 @@ def forward(
         x: Of one of `DTYPES`, dense; only its memory matters, not its shape.
         layout: What `layout_of` returned.
         formula: The switches and the activation.
-        weight: Contiguous float32 in the order of `flat`.
+        weight: Contiguous in the order of `flat`; float64 for float64, else float32.
         bias: As weight.
         residual: Of x's dtype and strides.
         mask: Boolean, of x's strides: the cells that count.
-        mean: Given in place of x's own, contiguous float32 in the order of `flat`; with var.
+        mean: Given in place of x's own, like weight; with var.
         var: As mean.
     """
-    y, statistics = torch.empty_like(x), torch.empty(5, layout.set_count)
+    y, statistics = torch.empty_like(x), torch.empty(5, layout.set_count, dtype=COMPUTE_DTYPE[x.dtype])
     torch.ops.normscope.forward.default(
         x, residual, mask, y, weight, bias, mean, var, statistics, layout.plan, _flags(formula, mean is not None),
         formula.eps,
@@ -313,19 +314,21 @@ class Door(NamedTuple):
             what becomes of running statistics.
         enter: (x, weight, bias, residual, running_mean, running_var, momentum, skip_nonfinite): y by what was learned,
             or None.
+        enter_sum: (x, addend, weight, bias): y of their sum, and the sum; or nothing.
     """
 
     learn: Callable[[Tensor, Tensor | None, Tensor | None, bool, bool, int], None]
     enter: Callable[
         [Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, bool], Tensor | None
     ]
+    enter_sum: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], list[Tensor]]
 
 
 def door() -> Door:
     """A new one."""
     operators = torch.ops.normscope
     number = operators.door()
-    return Door(partial(operators.learn.default, number), partial(operators.enter.default, number))
+    return Door(*(partial(way.default, number) for way in (operators.learn, operators.enter, operators.enter_sum)))
 
 
 class Gradients(NamedTuple):

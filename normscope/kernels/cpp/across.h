@@ -1,6 +1,6 @@
 // The innermost axis lies outside S: neighbouring cells are columns of different sets, summed row by row.
 //
-// Included inside the namespace of an instruction set by bodies.h. Columns are taken in tiles, a tile's numbers per column
+// Included by bodies.h inside the namespace of an instruction set and of a Number. Columns are taken in tiles, a tile's numbers per column
 // (shift, factor, sums …) in the order of the steps. Where rows are short and lie end to end, several are taken as one:
 // a row of 64 columns pays more for its loop than for its cells.
 
@@ -43,7 +43,7 @@ struct Across {
   bool ordered() const { return repeat == 1 && !std::is_same_v<T, BF16>; }  // slots lie set by set
 
   // Numbers per column → their sums per set, and the other way: a set's number for all its columns.
-  void fold(const float* numbers, int64_t count, double* out) const {
+  void fold(const Number* numbers, int64_t count, double* out) const {
     const int64_t n = group();
     if (n == 1) {
       for (int64_t s = 0; s < count; ++s) out[s] = numbers[ordered() ? s : slots[s]];
@@ -54,9 +54,9 @@ struct Across {
       out[s] = ordered() ? sum_of(n, [&](int64_t i) { return numbers[*k + i]; }) : sum_of(n, [&](int64_t i) { return numbers[k[i]]; });
     }
   }
-  void spread(const float* by_set, int64_t count, float* numbers) const {
+  void spread(const Number* by_set, int64_t count, Number* numbers) const {
     const int64_t n = group();
-    if (ordered() && n == 1) std::memcpy(numbers, by_set, static_cast<size_t>(count) * sizeof(float));
+    if (ordered() && n == 1) std::memcpy(numbers, by_set, static_cast<size_t>(count) * sizeof(Number));
     else if (ordered())
       for (int64_t s = 0; s < count; ++s) std::fill_n(numbers + slots[s * n], n, by_set[s]);
     else
@@ -107,11 +107,11 @@ struct Across {
 
 // Per set: Σ(x − shift), Σ(x − shift)² and the kept cells of a block; out has three pieces of `most_sets`.
 template <class T>
-void column_squares(const Across<T>& a, const T* x, const uint8_t* mask, int64_t u, int64_t b, const float* shift, double* out) {
-  alignas(64) float first[kSegment], second[kSegment], kept[kSegment], few_first[kSegment], few_second[kSegment];
+void column_squares(const Across<T>& a, const T* x, const uint8_t* mask, int64_t u, int64_t b, const Number* shift, double* out) {
+  alignas(64) Number first[kSegment], second[kSegment], kept[kSegment], few_first[kSegment], few_second[kSegment];
   const int64_t n = a.width(u), sets = a.sets(u);
-  const size_t bytes = static_cast<size_t>(a.pitch) * sizeof(float);
-  for (float* sums : {first, second, few_first, few_second}) std::memset(sums, 0, bytes);
+  const size_t bytes = static_cast<size_t>(a.pitch) * sizeof(Number);
+  for (Number* sums : {first, second, few_first, few_second}) std::memset(sums, 0, bytes);
   if (mask) std::memset(kept, 0, bytes);
   auto flush = [&] {
     for (int64_t k = 0; k < a.pitch; ++k) {
@@ -150,11 +150,11 @@ void column_squares(const Across<T>& a, const T* x, const uint8_t* mask, int64_t
 
 // A first guess of the means, of the first rows: some 32 cells per set, or the eighth of them.
 template <class T>
-void column_guess(const Across<T>& a, const T* x, const uint8_t* mask, int64_t u, float* shift) {
-  alignas(64) float sum[kSegment], kept[kSegment], by_set[kSegment];
+void column_guess(const Across<T>& a, const T* x, const uint8_t* mask, int64_t u, Number* shift) {
+  alignas(64) Number sum[kSegment], kept[kSegment], by_set[kSegment];
   alignas(64) double sums[kSegment], counts[kSegment];
   const int64_t n = a.width(u), sets = a.sets(u);
-  const size_t bytes = static_cast<size_t>(a.pitch) * sizeof(float);
+  const size_t bytes = static_cast<size_t>(a.pitch) * sizeof(Number);
   std::memset(sum, 0, bytes);
   if (mask) std::memset(kept, 0, bytes);
   const int64_t enough = std::min<int64_t>(kFewRows, (31 + a.group()) / a.group());
@@ -176,7 +176,7 @@ void column_guess(const Across<T>& a, const T* x, const uint8_t* mask, int64_t u
   a.fold(sum, sets, sums);
   if (mask) a.fold(kept, sets, counts);
   else std::fill_n(counts, sets, static_cast<double>(rows * a.group()));
-  for (int64_t s = 0; s < sets; ++s) by_set[s] = static_cast<float>(sums[s] / (counts[s] > 0 ? counts[s] : 1.0));
+  for (int64_t s = 0; s < sets; ++s) by_set[s] = static_cast<Number>(sums[s] / (counts[s] > 0 ? counts[s] : 1.0));
   std::memset(shift, 0, bytes);
   a.spread(by_set, sets, shift);
 }
@@ -190,23 +190,23 @@ auto each_unit(F& finish) {
 
 // Per column: z = (x − high)·factor + shift.
 struct Columns {
-  Buffer<float> high, factor, shift;
-  explicit Columns(int64_t n) : high(buffer<float>(n)), factor(buffer<float>(n)), shift(buffer<float>(n)) {}
+  Buffer<Number> high, factor, shift;
+  explicit Columns(int64_t n) : high(buffer<Number>(n)), factor(buffer<Number>(n)), shift(buffer<Number>(n)) {}
 };
 
 template <class F, class T>
 void fill_columns(const F& f, const Across<T>& a, int64_t u, Columns& columns) {
   const int64_t base = a.param_base(u), set = a.set(u), c = u * a.pitch, sets = a.sets(u);
-  float *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
-  const float *weight = f.plan.row_params() ? nullptr : f.weight, *bias = f.plan.row_params() ? nullptr : f.bias;
+  Number *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
+  const Number *weight = f.plan.row_params() ? nullptr : f.weight, *bias = f.plan.row_params() ? nullptr : f.bias;
   if (a.width(u) < a.pitch)
-    for (float* numbers : {high, factor, shift}) std::fill(numbers, numbers + a.pitch, 0.f);
+    for (Number* numbers : {high, factor, shift}) std::fill(numbers, numbers + a.pitch, Number(0));
   if (a.p.param_inner == 0 || (!weight && !bias)) {  // all columns of a set have the same parameters
-    alignas(64) float highs[kSegment], factors[kSegment], shifts[kSegment];
+    alignas(64) Number highs[kSegment], factors[kSegment], shifts[kSegment];
     const int64_t at = base + a.first(u) / a.p.fold * a.p.param_outer, step = a.p.param_outer;
-    const float *lows = f.low + set, *rstds = f.rstd + set, *means = f.high + set;
+    const Number *lows = f.low + set, *rstds = f.rstd + set, *means = f.high + set;
     for (int64_t s = 0; s < sets; ++s) {
-      const Line l = line(means[s], lows[s], rstds[s], f.center, weight ? weight[at + s * step] : 1.f, bias ? bias[at + s * step] : 0.f);
+      const Line l = line(means[s], lows[s], rstds[s], f.center, weight ? weight[at + s * step] : Number(1), bias ? bias[at + s * step] : Number(0));
       highs[s] = l.high, factors[s] = l.factor, shifts[s] = l.shift;
     }
     a.spread(highs, sets, high), a.spread(factors, sets, factor), a.spread(shifts, sets, shift);
@@ -214,28 +214,28 @@ void fill_columns(const F& f, const Across<T>& a, int64_t u, Columns& columns) {
   }
   for (int64_t s = 0; s < sets; ++s)
     a.set_columns(u, s, [&](int64_t k, int64_t at) {
-      const Line l = line(f.high[set + s], f.low[set + s], f.rstd[set + s], f.center, weight ? weight[base + at] : 1.f,
-                          bias ? bias[base + at] : 0.f);
+      const Line l = line(f.high[set + s], f.low[set + s], f.rstd[set + s], f.center, weight ? weight[base + at] : Number(1),
+                          bias ? bias[base + at] : Number(0));
       high[k] = l.high, factor[k] = l.factor, shift[k] = l.shift;
     });
 }
 
 template <class T>
-void forward_across(const Forward& f) {
+void forward_across(const Forward<Number>& f) {
   const Plan& p = f.plan;
   const Across<T> a{p};
   const ForwardTensors<T> tensors(f);
   const bool row = p.row_params();
   const int64_t most = a.most_sets();
   auto partial = buffer<double>(f.given ? 0 : a.units * a.blocks * 3 * most);
-  auto shifts = buffer<float>(a.units * a.pitch);
+  auto shifts = buffer<Number>(a.units * a.pitch);
   Columns columns(a.units * a.pitch);
   auto at = [&](int64_t u, int64_t b) { return partial.get() + (u * a.blocks + b) * 3 * most; };
 
   auto guess = [&](int64_t u) {
-    float* shift = shifts.get() + u * a.pitch;
+    Number* shift = shifts.get() + u * a.pitch;
     if (!f.given && f.center) column_guess(a, tensors.x, tensors.mask, u, shift);
-    else std::fill(shift, shift + a.pitch, 0.f);
+    else std::fill(shift, shift + a.pitch, Number(0));
   };
   auto statistics = [&](int64_t u, int64_t b) {
     if (!f.given) column_squares(a, tensors.x, tensors.mask, u, b, shifts.get() + u * a.pitch, at(u, b));
@@ -257,8 +257,8 @@ void forward_across(const Forward& f) {
   };
   auto statistics_of_sets = [&](int64_t u) {
     alignas(64) double first[kSegment], second[kSegment], count[kSegment];
-    alignas(64) float by_set[kSegment];
-    float* shift = shifts.get() + u * a.pitch;
+    alignas(64) Number by_set[kSegment];
+    Number* shift = shifts.get() + u * a.pitch;
     const int64_t sets = a.sets(u), set = a.set(u);
     const int32_t* slot = a.slots.get();
     totals(u, first, second, count);
@@ -266,24 +266,24 @@ void forward_across(const Forward& f) {
       bool again = false;
       for (int64_t s = 0; s < sets; ++s) again |= off_centre(first[s], second[s]);
       if (again) {
-        for (int64_t s = 0; s < sets; ++s) by_set[s] = static_cast<float>(shift[slot[s * a.group()]] + first[s]);
+        for (int64_t s = 0; s < sets; ++s) by_set[s] = static_cast<Number>(shift[slot[s * a.group()]] + first[s]);
         a.spread(by_set, sets, shift);
         for (int64_t b = 0; b < a.blocks; ++b) column_squares(a, tensors.x, tensors.mask, u, b, shift, at(u, b));
         totals(u, first, second, count);
       }
     }
     for (int64_t s = 0; s < sets; ++s) by_set[s] = shift[slot[s * a.group()]];
-    float *high = f.high + set, *low = f.low + set, *var = f.var + set, *rstd = f.rstd + set, *cells = f.count + set;
+    Number *high = f.high + set, *low = f.low + set, *var = f.var + set, *rstd = f.rstd + set, *cells = f.count + set;
     for (int64_t s = 0; s < sets; ++s) {  // in vectors: there may be as many sets as a map has cells
       const double spread = f.center ? second[s] - first[s] * first[s] : second[s];
-      const Moments m = moments(f.center && count[s] > 0 ? by_set[s] + first[s] : 0.0, spread, f.eps, f.scale);
-      high[s] = m.high, low[s] = m.low, var[s] = m.var, rstd[s] = m.rstd, cells[s] = static_cast<float>(count[s]);
+      const Moments m = moments(count[s] > 0 ? by_set[s] : 0, f.center ? first[s] : 0.0, spread, f.eps, f.scale);
+      high[s] = m.high, low[s] = m.low, var[s] = m.var, rstd[s] = m.rstd, cells[s] = static_cast<Number>(count[s]);
     }
   };
   auto finish_unit = [&](int64_t u) {
     if (f.given) {
       for (int64_t set = a.set(u); set < a.set(u) + a.sets(u); ++set) {
-        const Moments m = moments(f.high[set], f.var[set], f.eps, f.scale);
+        const Moments m = moments(f.high[set], 0, f.var[set], f.eps, f.scale);
         f.low[set] = m.low, f.rstd[set] = m.rstd;
       }
     } else {
@@ -295,11 +295,11 @@ void forward_across(const Forward& f) {
   with_act<T>(f.activation, [&](auto act) {
     auto apply = [&](int64_t u, int64_t b) {
       const int64_t n = a.width(u), base = a.param_base(u), c = u * a.pitch;
-      const float *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
+      const Number *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
       a.block(u, b, [&](int64_t offset, int64_t param) {
         const T* x = tensors.x + offset;
         if (row) {
-          const W weight = step(f.weight ? f.weight[base + param] : 1.f), bias = step(f.bias ? f.bias[base + param] : 0.f);
+          const W weight = step(f.weight ? f.weight[base + param] : Number(1)), bias = step(f.bias ? f.bias[base + param] : Number(0));
           write_run<act.value>(f, tensors, offset, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
             return ((cells.load(x + i) - get(high + i)) * get(factor + i) + get(shift + i)) * weight + bias;
           });
@@ -315,14 +315,14 @@ void forward_across(const Forward& f) {
 }
 
 template <class T>
-void backward_across(const Backward& f) {
+void backward_across(const Backward<Number>& f) {
   const Plan& p = f.plan;
   const Across<T> a{p};
   const BackwardTensors<T> tensors(f);
   const bool row = p.row_params(), learns = f.dweight || f.dbias;
   Columns columns(a.units * a.pitch), slopes(a.units * a.pitch);
   // All columns of a set have the same parameters: its sums are all that is needed of them.
-  const float* weight = row ? nullptr : f.weight;
+  const Number* weight = row ? nullptr : f.weight;
   const bool own = !row && learns, shared = row || p.param_inner == 0 || (!weight && !own);
   const int64_t most = shared ? a.most_sets() : a.pitch;
   auto partial = buffer<double>(a.units * a.blocks * 2 * most);
@@ -333,9 +333,9 @@ void backward_across(const Backward& f) {
 
   auto with_z = [&](int64_t u, int64_t param, auto&& body) {
     const int64_t base = a.param_base(u), c = u * a.pitch;
-    const float *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
+    const Number *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
     if (row) {
-      const W weight = step(f.weight ? f.weight[base + param] : 1.f), bias = step(f.bias ? f.bias[base + param] : 0.f);
+      const W weight = step(f.weight ? f.weight[base + param] : Number(1)), bias = step(f.bias ? f.bias[base + param] : Number(0));
       body([=](int, int64_t i, const W& x) __attribute__((always_inline)) {
         return ((x - get(high + i)) * get(factor + i) + get(shift + i)) * weight + bias;
       });
@@ -354,25 +354,25 @@ void backward_across(const Backward& f) {
       for (int64_t k = 0; k < count; ++k) first[k] += s[k], second[k] += s[most + k];
     }
     const int64_t base = a.param_base(u), set = a.set(u), c = u * a.pitch;
-    float *sa = slopes.high.get() + c, *sb = slopes.factor.get() + c, *sc = slopes.shift.get() + c;
-    const float *lows = f.low + set, *rstds = f.rstd + set, *counts = f.count + set;
+    Number *sa = slopes.high.get() + c, *sb = slopes.factor.get() + c, *sc = slopes.shift.get() + c;
+    const Number *lows = f.low + set, *rstds = f.rstd + set, *counts = f.count + set;
     const double all = 1.0 / static_cast<double>(p.cells());
     if (shared) {
-      alignas(64) float as[kSegment], bs[kSegment], cs[kSegment];
+      alignas(64) Number as[kSegment], bs[kSegment], cs[kSegment];
       const int64_t one = a.first(u) / p.fold * p.param_outer, step = p.param_outer;
-      float *dweight = own ? sums.weight.get() + u * sums.size + one : nullptr, *dbias = own ? sums.bias.get() + u * sums.size + one : nullptr;
+      Number *dweight = own ? sums.weight.get() + u * sums.size + one : nullptr, *dbias = own ? sums.bias.get() + u * sums.size + one : nullptr;
       for (int64_t s = 0; s < a.sets(u); ++s) {
         const double low = f.center ? lows[s] : 0, rstd = rstds[s];
         const double g = first[s], gx = (second[s] - low * g) * rstd, w = weight ? weight[base + one + s * step] : 1.0;
-        const Slope l = slope(f, low, rstd, g * w, gx * w, f.mask ? 1.0 / std::max(counts[s], 1.f) : all);
-        as[s] = l.a * static_cast<float>(w), bs[s] = l.b, cs[s] = l.c;
+        const Slope l = slope(f, low, rstd, g * w, gx * w, f.mask ? 1.0 / std::max(counts[s], Number(1)) : all);
+        as[s] = l.a * static_cast<Number>(w), bs[s] = l.b, cs[s] = l.c;
         first[s] = g, second[s] = gx;
       }
       if (own)
         for (int64_t s = 0; s < a.sets(u); ++s) {
           NORMSCOPE_ONE_BY_ONE;
-          dweight[s * step] += static_cast<float>(second[s]);
-          dbias[s * step] += static_cast<float>(first[s]);
+          dweight[s * step] += static_cast<Number>(second[s]);
+          dbias[s * step] += static_cast<Number>(first[s]);
         }
       a.spread(as, a.sets(u), sa), a.spread(bs, a.sets(u), sb), a.spread(cs, a.sets(u), sc);
       return;
@@ -383,15 +383,15 @@ void backward_across(const Backward& f) {
       a.set_columns(u, s, [&](int64_t k, int64_t column) {
         const double gx = (second[k] - low * first[k]) * rstd, w = weight ? weight[base + column] : 1.0;
         if (own) {
-          sums.weight[u * sums.size + column] += static_cast<float>(gx);
-          sums.bias[u * sums.size + column] += static_cast<float>(first[k]);
+          sums.weight[u * sums.size + column] += static_cast<Number>(gx);
+          sums.bias[u * sums.size + column] += static_cast<Number>(first[k]);
         }
         set_g += first[k] * w;
         set_gx += gx * w;
       });
-      const Slope l = slope(f, low, rstd, set_g, set_gx, f.mask ? 1.0 / std::max(counts[s], 1.f) : all);
+      const Slope l = slope(f, low, rstd, set_g, set_gx, f.mask ? 1.0 / std::max(counts[s], Number(1)) : all);
       a.set_columns(u, s, [&](int64_t k, int64_t column) {
-        sa[k] = l.a * (weight ? weight[base + column] : 1.f);
+        sa[k] = l.a * (weight ? weight[base + column] : Number(1));
         sb[k] = l.b;
         sc[k] = l.c;
       });
@@ -400,11 +400,11 @@ void backward_across(const Backward& f) {
   auto finish = each_unit(finish_unit);
   with_act<T>(f.activation, [&](auto act) {
     auto reduce = [&](int64_t u, int64_t b) {
-      alignas(64) float first[kSegment], second[kSegment];
-      std::memset(first, 0, static_cast<size_t>(a.pitch) * sizeof(float));
-      std::memset(second, 0, static_cast<size_t>(a.pitch) * sizeof(float));
+      alignas(64) Number first[kSegment], second[kSegment];
+      std::memset(first, 0, static_cast<size_t>(a.pitch) * sizeof(Number));
+      std::memset(second, 0, static_cast<size_t>(a.pitch) * sizeof(Number));
       const int64_t n = a.width(u), base = a.param_base(u), unit = u * a.blocks + b;
-      const float *high = columns.high.get() + u * a.pitch, *factor = columns.factor.get() + u * a.pitch, *shift = columns.shift.get() + u * a.pitch;
+      const Number *high = columns.high.get() + u * a.pitch, *factor = columns.factor.get() + u * a.pitch, *shift = columns.shift.get() + u * a.pitch;
       if (!row) {
         a.row_groups(u, b, [&](auto group, const int64_t* offsets, const int64_t*) {
           with_z(u, 0, [&](auto&& z_of) {
@@ -424,7 +424,7 @@ void backward_across(const Backward& f) {
       } else {
         a.block(u, b, [&](int64_t offset, int64_t param) {
           with_z(u, param, [&](auto&& z_of) {
-            const W weight = step(f.weight ? f.weight[base + param] : 1.f);
+            const W weight = step(f.weight ? f.weight[base + param] : Number(1));
             W row_g = step(0), row_gx = step(0);
             read_run<act.value>(f, tensors, offset, n, z_of, [&](int64_t i, auto, const W& x, const W& g) __attribute__((always_inline)) {
               const W d = x - get(high + i), gw = g * weight;
@@ -434,8 +434,8 @@ void backward_across(const Backward& f) {
               put(second + i, get(second + i) + gw * d);
             });
             if (learns) {
-              sums.weight[unit * sums.size + param] += static_cast<float>(sum(row_gx));
-              sums.bias[unit * sums.size + param] += static_cast<float>(sum(row_g));
+              sums.weight[unit * sums.size + param] += static_cast<Number>(sum(row_gx));
+              sums.bias[unit * sums.size + param] += static_cast<Number>(sum(row_g));
             }
           });
         });
@@ -451,12 +451,12 @@ void backward_across(const Backward& f) {
     auto apply = [&](int64_t u, int64_t b) {
       if (!f.dx && !f.dresidual) return;
       const int64_t n = a.width(u), base = a.param_base(u), c = u * a.pitch;
-      const float* high = columns.high.get() + c;
-      const float *sa = slopes.high.get() + c, *sb = slopes.factor.get() + c, *sc = slopes.shift.get() + c;
+      const Number* high = columns.high.get() + c;
+      const Number *sa = slopes.high.get() + c, *sb = slopes.factor.get() + c, *sc = slopes.shift.get() + c;
       a.block(u, b, [&](int64_t offset, int64_t param) {
         with_z(u, param, [&](auto&& z_of) {
           if (row) {
-            const W weight = step(f.weight ? f.weight[base + param] : 1.f);
+            const W weight = step(f.weight ? f.weight[base + param] : Number(1));
             write_gradients<act.value>(f, tensors, offset, n, z_of, [&](int64_t i, const W& x, const W& g) __attribute__((always_inline)) {
               return g * weight * get(sa + i) + ((x - get(high + i)) * get(sb + i) + get(sc + i));
             });

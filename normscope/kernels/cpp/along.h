@@ -1,6 +1,6 @@
 // The innermost axis lies inside S: a set is `rows` runs of neighbouring cells.
 //
-// Included inside the namespace of an instruction set by bodies.h.
+// Included by bodies.h inside the namespace of an instruction set and of a Number.
 
 template <class T>
 struct Along {
@@ -27,16 +27,16 @@ struct Along {
 template <class T>
 struct RunParams {
   int64_t length, pitch;
-  Buffer<float> weight, bias;
-  RunParams(const Plan& p, const float* w, const float* b, bool on) : length(p.length), pitch(padded(length)) {
+  Buffer<Number> weight, bias;
+  RunParams(const Plan& p, const Number* w, const Number* b, bool on) : length(p.length), pitch(padded(length)) {
     if (!on) return;
     const int64_t runs = std::max<int64_t>(1, p.param_count() / length);  // one of ones where there are no parameters
-    weight = zeros<float>(runs * pitch);
-    bias = zeros<float>(runs * pitch);
+    weight = zeros<Number>(runs * pitch);
+    bias = zeros<Number>(runs * pitch);
     for (int64_t r = 0; r < runs; ++r)
       for (int64_t j = 0; j < length; ++j) {
         const int64_t to = r * pitch + slot<T>(j);
-        weight[to] = w ? quiet(w[r * length + j]) : 1.f;
+        weight[to] = w ? quiet(w[r * length + j]) : Number(1);
         if (b) bias[to] = quiet(b[r * length + j]);
       }
   }
@@ -46,7 +46,7 @@ struct RunParams {
 // Σ(x − shift), Σ(x − shift)² of a run, in two levels: where the data lie on a grid, the roundings of one long float sum
 // all point the same way (2.6e-7 of the variance after 64 terms); after 8 terms and 8 sums they do not show.
 template <class T>
-NORMSCOPE_INLINE void run_squares(const T* x, const uint8_t* mask, int64_t n, float shift, W& first, W& second) {
+NORMSCOPE_INLINE void run_squares(const T* x, const uint8_t* mask, int64_t n, Number shift, W& first, W& second) {
   const W s = step(shift);
   W a, b;
   auto add = [&](int64_t i, auto cells) __attribute__((always_inline)) {
@@ -70,7 +70,7 @@ NORMSCOPE_INLINE void run_squares(const T* x, const uint8_t* mask, int64_t n, fl
   second += b;
 }
 template <class T>
-Sums run_squares(const T* x, const uint8_t* mask, int64_t n, float shift) {
+Sums run_squares(const T* x, const uint8_t* mask, int64_t n, Number shift) {
   W first, second;
   run_squares(x, mask, n, shift, first, second);
   int64_t count = n;
@@ -83,20 +83,20 @@ Sums run_squares(const T* x, const uint8_t* mask, int64_t n, float shift) {
 
 // A first guess of a set's mean: of its first cells.
 template <class T>
-float run_guess(const T* x, const uint8_t* mask, int64_t n) {
+Number run_guess(const T* x, const uint8_t* mask, int64_t n) {
   if (mask) {
-    const Sums s = run_squares(x, mask, std::min<int64_t>(n, 64), 0.f);
-    return s.count > 0 ? static_cast<float>(s.first / s.count) : 0.f;
+    const Sums s = run_squares(x, mask, std::min<int64_t>(n, 64), Number(0));
+    return s.count > 0 ? static_cast<Number>(s.first / s.count) : Number(0);
   }
-  if (n < kStep) return rough_sum(Rest<T>{static_cast<int>(n)}.load(x)) / static_cast<float>(n);
+  if (n < kStep) return rough_sum(Rest<T>{static_cast<int>(n)}.load(x)) / static_cast<Number>(n);
   W cells = read(x);
   const int64_t few = n < 1024 ? kStep : std::max<int64_t>(kStep, 64);
   for (int64_t i = kStep; i < few; i += kStep) cells += read(x + i);
-  return rough_sum(cells) / static_cast<float>(few);
+  return rough_sum(cells) / static_cast<Number>(few);
 }
 
 template <class T>
-void forward_along(const Forward& f) {
+void forward_along(const Forward<Number>& f) {
   const Plan& p = f.plan;
   const Plan joined = p.joined();
   const Along<T> along{p}, whole{joined};
@@ -107,7 +107,7 @@ void forward_along(const Forward& f) {
   const bool counts = f.mask != nullptr;
   const int64_t blocks = std::max(along.blocks, whole.blocks), partials = f.given ? 0 : tasks * blocks;
   auto first = buffer<double>(partials), second = buffer<double>(partials), kept = buffer<double>(counts ? partials : 0);
-  auto shifts = buffer<float>(tasks);
+  auto shifts = buffer<Number>(tasks);
 
   auto squares = [&](int64_t t, int64_t b) {
     const int64_t base = p.task(t).stride;
@@ -121,6 +121,9 @@ void forward_along(const Forward& f) {
   };
   auto guess = [&](int64_t t) {
     shifts[t] = 0;
+    if (f.addend)
+      for (int64_t b = 0; b < whole.blocks; ++b)
+        whole.block(b, [&](int64_t offset, int64_t, int64_t n, int64_t) { tensors.add(p.task(t).stride + offset, n); });
     if (!f.given && f.center) {
       const int64_t base = p.task(t).stride;
       shifts[t] = run_guess(tensors.x + base, counts ? tensors.mask + base : nullptr, joined.length);
@@ -131,7 +134,7 @@ void forward_along(const Forward& f) {
   };
   auto close = [&](int64_t t, double mean, double square) __attribute__((always_inline)) {
     const double var = f.center ? square - mean * mean : square;
-    const Moments m = moments(f.center ? shifts[t] + mean : 0.0, var, f.eps, f.scale);
+    const Moments m = moments(shifts[t], f.center ? mean : 0.0, var, f.eps, f.scale);
     f.high[t] = m.high, f.low[t] = m.low, f.var[t] = m.var, f.rstd[t] = m.rstd;
   };
   auto close_slowly = [&](int64_t t) {  // all blocks, counted cells, and again where the guess was bad
@@ -141,16 +144,16 @@ void forward_along(const Forward& f) {
         s += Sums{first[t * blocks + b], second[t * blocks + b], counts ? kept[t * blocks + b] : 0.0};
       const double count = counts ? s.count : static_cast<double>(p.cells()), n = std::max(count, 1.0);
       const double mean = s.first / n, square = s.second / n;
-      f.count[t] = static_cast<float>(count);
+      f.count[t] = static_cast<Number>(count);
       if (again || !f.center || !off_centre(mean, square)) return close(t, mean, square);
-      shifts[t] = static_cast<float>(shifts[t] + mean);
+      shifts[t] = static_cast<Number>(shifts[t] + mean);
       for (int64_t b = 0; b < blocks; ++b) squares(t, b);
     }
   };
   auto finish = [&](int64_t begin, int64_t end) {
     if (f.given) {
       for (int64_t t = begin; t < end; ++t) {
-        const Moments m = moments(f.high[t], f.var[t], f.eps, f.scale);
+        const Moments m = moments(f.high[t], 0, f.var[t], f.eps, f.scale);
         f.low[t] = m.low, f.rstd[t] = m.rstd;
       }
     } else if (counts || blocks > 1) {
@@ -161,7 +164,7 @@ void forward_along(const Forward& f) {
       for (int64_t t = begin; t < end; ++t) {
         const double mean = first[t] * each, square = second[t] * each;
         off |= off_centre(mean, square);
-        f.count[t] = static_cast<float>(p.cells());
+        f.count[t] = static_cast<Number>(p.cells());
         close(t, mean, square);
       }
       if (f.center && off)
@@ -174,11 +177,11 @@ void forward_along(const Forward& f) {
       offset += task.stride;
       const int64_t at = task.param + row;
       const T* x = tensors.x + offset;
-      const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, !inner && f.weight ? f.weight[at] : 1.f,
-                          !inner && f.bias ? f.bias[at] : 0.f);
+      const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, !inner && f.weight ? f.weight[at] : Number(1),
+                          !inner && f.bias ? f.bias[at] : Number(0));
       const W high = step(l.high), factor = step(l.factor), shift = step(l.shift);
       if (params.weight) {
-        const float *weight = params.weight.get() + params.place(at) + j, *bias = params.bias.get() + params.place(at) + j;
+        const Number *weight = params.weight.get() + params.place(at) + j, *bias = params.bias.get() + params.place(at) + j;
         write_run<act.value>(f, tensors, offset, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
           return ((cells.load(x + i) - high) * factor + shift) * get(weight + i) + get(bias + i);
         });
@@ -210,7 +213,7 @@ void forward_along(const Forward& f) {
 }
 
 template <class T>
-void backward_along(const Backward& f) {
+void backward_along(const Backward<Number>& f) {
   const Plan& p = f.plan;
   const Along<T> along{p};
   const BackwardTensors<T> tensors(f);
@@ -232,11 +235,11 @@ void backward_along(const Backward& f) {
 
   // γ·x̂ + β as the forward pass computes it, to the bit: the gate of a ReLU must open for the same cells.
   auto with_z = [&](int64_t t, int64_t at, int64_t j, auto&& body) {
-    const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, !inner && f.weight ? f.weight[at] : 1.f,
-                        !inner && f.bias ? f.bias[at] : 0.f);
+    const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, !inner && f.weight ? f.weight[at] : Number(1),
+                        !inner && f.bias ? f.bias[at] : Number(0));
     const W high = step(l.high), factor = step(l.factor), shift = step(l.shift);
     if (inner && (f.weight || f.bias)) {
-      const float *weight = params.weight.get() + params.place(at) + j, *bias = params.bias.get() + params.place(at) + j;
+      const Number *weight = params.weight.get() + params.place(at) + j, *bias = params.bias.get() + params.place(at) + j;
       body([=](int, int64_t i, const W& x) __attribute__((always_inline)) { return ((x - high) * factor + shift) * get(weight + i) + get(bias + i); });
     } else {
       body([=](int, int64_t, const W& x) __attribute__((always_inline)) { return (x - high) * factor + shift; });
@@ -247,15 +250,15 @@ void backward_along(const Backward& f) {
     for (int64_t t = begin; t < end; ++t) {
       Sums s;
       for (int64_t b = 0; b < along.blocks; ++b) s += partial[t * along.blocks + b];
-      slopes[t] = slope(f, f.low[t], f.rstd[t], s.first, s.second, f.mask ? 1.0 / std::max(f.count[t], 1.f) : all);
+      slopes[t] = slope(f, f.low[t], f.rstd[t], s.first, s.second, f.mask ? 1.0 / std::max(f.count[t], Number(1)) : all);
     }
   };
   with_act<T>(f.activation, [&](auto act) {
     auto reduce = [&](int64_t t, int64_t b) {
       const Axis task = p.task(t);
-      const float high = f.center ? f.high[t] : 0.f, low = f.center ? f.low[t] : 0.f, rstd = f.rstd[t];
+      const Number high = f.center ? f.high[t] : Number(0), low = f.center ? f.low[t] : Number(0), rstd = f.rstd[t];
       const int64_t unit = (t / group) * per_group + (per_group == 1 ? 0 : b);
-      float *dw = learns ? sums.weight.get() + unit * sums.size : nullptr, *db = learns ? sums.bias.get() + unit * sums.size : nullptr;
+      Number *dw = learns ? sums.weight.get() + unit * sums.size : nullptr, *db = learns ? sums.bias.get() + unit * sums.size : nullptr;
       const W centre = step(high), scale = step(rstd), rest = step(-low * rstd);
       Sums set;
       Totals totals, products;
@@ -266,7 +269,7 @@ void backward_along(const Backward& f) {
         products.into(gd, 1);
         for (int64_t r = 0; r < waiting; ++r) {
           const double gx = (gd[r] - low * g[r]) * rstd, weight = !inner && f.weight ? f.weight[task.param + params_of[r]] : 1.0;
-          if (!inner && dw) dw[params_of[r]] += static_cast<float>(gx), db[params_of[r]] += static_cast<float>(g[r]);
+          if (!inner && dw) dw[params_of[r]] += static_cast<Number>(gx), db[params_of[r]] += static_cast<Number>(g[r]);
           set += Sums{g[r] * weight, gx * weight, 0};
         }
         waiting = 0;
@@ -276,8 +279,8 @@ void backward_along(const Backward& f) {
         W first = step(0), second = step(0);
         with_z(t, at, j, [&](auto&& z_of) {
           if (inner) {
-            const float* weight = params.weight.get() + params.place(at) + j;
-            float *pw = dw ? dw + params.place(row) + j : nullptr, *pb = dw ? db + params.place(row) + j : nullptr;
+            const Number* weight = params.weight.get() + params.place(at) + j;
+            Number *pw = dw ? dw + params.place(row) + j : nullptr, *pb = dw ? db + params.place(row) + j : nullptr;
             read_run<act.value>(f, tensors, offset + task.stride, n, z_of, [&](int64_t i, auto, const W& x, const W& g) __attribute__((always_inline)) {
               const W d = x - centre;
               if (pw) {
@@ -304,18 +307,18 @@ void backward_along(const Backward& f) {
     auto apply = [&](int64_t t, int64_t b) {
       if (!f.dx && !f.dresidual) return;
       const Axis task = p.task(t);
-      const W centre = step(f.center ? f.high[t] : 0.f), sb = step(slopes[t].b), sc = step(slopes[t].c);
+      const W centre = step(f.center ? f.high[t] : Number(0)), sb = step(slopes[t].b), sc = step(slopes[t].c);
       along.block(b, [&](int64_t offset, int64_t j, int64_t n, int64_t row) {
         const int64_t at = task.param + row;
         with_z(t, at, j, [&](auto&& z_of) {
           if (inner) {
-            const float* weight = params.weight.get() + params.place(at) + j;
+            const Number* weight = params.weight.get() + params.place(at) + j;
             const W sa = step(slopes[t].a);
             write_gradients<act.value>(f, tensors, offset + task.stride, n, z_of, [&](int64_t i, const W& x, const W& g) __attribute__((always_inline)) {
               return g * get(weight + i) * sa + ((x - centre) * sb + sc);
             });
           } else {
-            const W sa = step(slopes[t].a * (f.weight ? f.weight[at] : 1.f));
+            const W sa = step(slopes[t].a * (f.weight ? f.weight[at] : Number(1)));
             write_gradients<act.value>(f, tensors, offset + task.stride, n, z_of, [&](int64_t, const W& x, const W& g) __attribute__((always_inline)) {
               return g * sa + ((x - centre) * sb + sc);
             });

@@ -5,6 +5,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function.h>
@@ -37,15 +38,18 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// Contiguous float32, as the kernels read weights, biases and moments.
-Optional as_numbers(const Optional& t) {
+// What the kernels compute tensors like x in.
+at::ScalarType numbers_of(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Contiguous, as the kernels read weights, biases and moments.
+Optional as_numbers(const Optional& t, const Tensor& x) {
   if (!t) return t;
-  return t->to(at::kFloat).contiguous();
+  return t->to(numbers_of(x)).contiguous();
 }
 
 // Past the dispatcher: x is dense, and nothing watches.
 Tensor fresh(const Tensor& x) { return at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.options()); }
-Tensor fresh_numbers(at::IntArrayRef sizes) { return at::detail::empty_cpu(sizes, at::TensorOptions(at::kFloat)); }
+Tensor fresh_numbers(at::IntArrayRef sizes, const Tensor& x) { return at::detail::empty_cpu(sizes, at::TensorOptions(numbers_of(x))); }
 
 // With x's dtype and strides.
 Tensor like(const Tensor& t, const Tensor& x) {
@@ -96,15 +100,22 @@ Cell* data(const Optional& t, const Tensor& x) {
   TORCH_CHECK(t->is_cpu() && t->numel() == x.numel(), "a tensor does not match x");
   return static_cast<Cell*>(t->data_ptr());
 }
-float* numbers(const Optional& t, int64_t count) {
+template <class Number>
+Number* numbers(const Optional& t, int64_t count) {
   if (!t) return nullptr;
-  TORCH_CHECK(t->is_cpu() && t->numel() == count, "numbers do not match the plan");
-  return static_cast<float*>(t->data_ptr());
+  TORCH_CHECK(t->is_cpu() && t->numel() == count && t->element_size() == sizeof(Number), "numbers do not match the plan");
+  return static_cast<Number*>(t->data_ptr());
 }
 size_t dtype_of(const Tensor& x) {
   const at::ScalarType type = x.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "float32, bfloat16 or float16 only");
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "float64, float32, bfloat16 or float16 only");
   return type == at::kFloat ? 0 : type == at::kBFloat16 ? 1 : 2;
+}
+
+// f with a number of the kind that x is computed in.
+template <class F>
+auto in_numbers_of(const Tensor& x, F&& f) {
+  return x.scalar_type() == at::kDouble ? f(double{}) : f(float{});
 }
 
 template <class Pass>
@@ -114,25 +125,29 @@ void common(Pass& pass, const Recipe& recipe, const Tensor& x) {
   TORCH_CHECK(x.is_cpu() && pass.plan.numel() == x.numel(), "the plan does not match x");
 }
 
+template <class Number>
 std::pair<Tensor, Tensor> normalize(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& residual,
-                                    const Optional& mask, const Optional& mean, const Optional& var, const Recipe& recipe) {
+                                    const Optional& mask, const Optional& mean, const Optional& var, const Recipe& recipe,
+                                    const Optional& addend = std::nullopt, const Optional& total = std::nullopt) {
   at::AutoDispatchBelowADInplaceOrView below;
-  Tensor y = fresh(x), statistics = fresh_numbers({5, recipe.sets});
-  const Optional w = as_numbers(weight), b = as_numbers(bias), m = as_numbers(mean), v = as_numbers(var), r = like(residual, x);
-  Forward f;
+  Tensor y = fresh(x), statistics = fresh_numbers({5, recipe.sets}, x);
+  const Optional w = as_numbers(weight, x), b = as_numbers(bias, x), m = as_numbers(mean, x), v = as_numbers(var, x);
+  const Optional r = like(residual, x);
+  Forward<Number> f;
   common(f, recipe, x);
   const int64_t sets = recipe.sets, count = f.plan.param_count();
   TORCH_CHECK(sets == f.plan.set_count() && m.has_value() == v.has_value(), "the recipe does not match the plan");
-  float* s = numbers(statistics, 5 * sets);
+  Number* s = numbers<Number>(statistics, 5 * sets);
   f.x = x.data_ptr(), f.residual = data(r, x), f.y = y.data_ptr(), f.mask = data<uint8_t>(mask, x);
-  f.weight = numbers(w, count), f.bias = numbers(b, count);
+  f.weight = numbers<Number>(w, count), f.bias = numbers<Number>(b, count);
   f.high = s, f.low = s + sets, f.var = s + 2 * sets, f.rstd = s + 3 * sets, f.count = s + 4 * sets;
   f.given = m.has_value(), f.eps = recipe.eps;
   if (f.given) {
-    std::copy_n(numbers(m, sets), sets, f.high);
-    std::copy_n(numbers(v, sets), sets, f.var);
+    std::copy_n(numbers<Number>(m, sets), sets, f.high);
+    std::copy_n(numbers<Number>(v, sets), sets, f.var);
   }
-  kernels().forward[dtype_of(x)](f);
+  f.addend = data(addend, x), f.total = data(total, x);
+  kernels().run(sizeof(Number) == 8 ? 0 : dtype_of(x), f);
   return {y, statistics};
 }
 
@@ -140,8 +155,8 @@ constexpr int64_t kFixed = 4, kRelu = 1;
 
 // Which tensors the node keeps.
 enum Saved { kX, kWeight, kBias, kResidual, kMask, kY, kStatistics, kSavedCount };
-// Whose gradients it computes, the edges of its graph.
-constexpr size_t kEdges = 4;
+// Whose gradients it computes, the edges of its graph: x, weight, bias, residual; and what was added to x, as x's.
+constexpr size_t kEdges = 4, kAddend = 4;
 
 // Nodes count their references themselves from some version of torch on.
 template <class Node>
@@ -154,20 +169,25 @@ class Normalize : public torch::autograd::Node {
  public:
   // The node behind y; torch's own node, not its `Function`, which costs 8 us more in a small layer.
   static void follow(Tensor& y, const Tensor& x, const Optional& weight, const Optional& bias, const Optional& residual,
-                     const Optional& mask, const Tensor& statistics, const Recipe& recipe) {
+                     const Optional& mask, const Tensor& statistics, const Recipe& recipe,
+                     const Optional& addend = std::nullopt, Optional total = std::nullopt) {
     auto node = made<Normalize>();
-    node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias, residual));
+    node->set_next_edges(addend ? torch::autograd::collect_next_edges(x, weight, bias, residual, *addend)
+                                : torch::autograd::collect_next_edges(x, weight, bias, residual));
     node->recipe_ = &recipe;
     torch::autograd::set_history(y, node);
-    auto keep = [&](Saved place, const Tensor& t) { node->saved_[place] = SavedVariable(t, place == kY); };
-    keep(kX, x), keep(kStatistics, statistics);
+    if (total) torch::autograd::set_history(*total, node);
+    node->sum_ = total.has_value();
+    auto keep = [&](Saved place, const Tensor& t) { node->saved_[place] = SavedVariable(t, place == kY || (place == kX && total)); };
+    keep(kX, total ? *total : x), keep(kStatistics, statistics);
     if (weight) keep(kWeight, *weight);
     if (bias) keep(kBias, *bias);
     if (mask) keep(kMask, *mask);
     // A residual serves only to compute z again; for the gate of a ReLU y does, which the next layer keeps anyway.
-    // (float16 has one kind of loop for all activations, which reads z.)
+    // (float16 and float64 have one kind of loop for all activations, which reads z.)
     const int64_t activation = recipe.flags >> 3;
-    if (residual && activation == kRelu && x.scalar_type() != at::kHalf) keep(kY, y);
+    const bool one_loop = x.scalar_type() == at::kHalf || x.scalar_type() == at::kDouble;
+    if (residual && activation == kRelu && !one_loop) keep(kY, y);
     else if (residual && activation) keep(kResidual, *residual);
   }
 
@@ -180,16 +200,24 @@ class Normalize : public torch::autograd::Node {
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    variable_list found(kEdges);
-    if (!grads[0].defined()) return found;
+    variable_list found(sum_ ? kEdges + 1 : kEdges);
+    const Tensor passed = sum_ ? grads[1] : Tensor();
+    if (!grads[0].defined()) {
+      if (sum_) found[0] = found[kAddend] = passed;
+      return found;
+    }
     Tensors saved;  // unpacked once: checkpoints allow no more
-    for (size_t i = 0; i < kSavedCount; ++i) saved[i] = saved_[i].unpack(i == kY ? getptr() : nullptr);
+    for (size_t i = 0; i < kSavedCount; ++i) saved[i] = saved_[i].unpack(i == kY || (i == kX && sum_) ? getptr() : nullptr);
     std::array<bool, kEdges> needs;
     for (size_t i = 0; i < kEdges; ++i) needs[i] = task_should_compute_output(i);
-    if (at::GradMode::is_enabled())  // under create_graph the gradient itself must be differentiable
+    if (sum_) needs[0] = needs[0] || task_should_compute_output(kAddend);
+    if (at::GradMode::is_enabled()) {  // under create_graph the gradient itself must be differentiable
       differentiable(grads[0], saved, *recipe_, needs, found);
-    else
-      compute(grads[0], saved, *recipe_, needs, found);
+      if (needs[0] && passed.defined()) found[0] = at::add(found[0], passed);
+    } else {
+      in_numbers_of(saved[kX], [&](auto number) { compute<decltype(number)>(grads[0], passed, saved, *recipe_, needs, found); });
+    }
+    if (sum_) found[kAddend] = found[0];
     return found;
   }
 
@@ -197,33 +225,36 @@ class Normalize : public torch::autograd::Node {
   using Tensors = std::array<Tensor, kSavedCount>;
   std::array<SavedVariable, kSavedCount> saved_;
   const Recipe* recipe_ = nullptr;
+  bool sum_ = false;  // x is a sum, and the node's second output
 
   static Optional given(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
   static Tensor as(const Tensor& numbers, const Tensor& t) {
     return numbers.scalar_type() == t.scalar_type() && numbers.sizes() == t.sizes() ? numbers : numbers.view(t.sizes()).to(t.scalar_type());
   }
 
-  static void compute(const Tensor& gy, const Tensors& saved, const Recipe& recipe, const std::array<bool, kEdges>& needs,
+  template <class Number>
+  static void compute(const Tensor& gy, const Tensor& passed, const Tensors& saved, const Recipe& recipe, const std::array<bool, kEdges>& needs,
                       variable_list& found) {
     at::AutoDispatchBelowADInplaceOrView below;
     const Tensor& x = saved[kX];
-    const Optional weight = as_numbers(given(saved[kWeight])), bias = as_numbers(given(saved[kBias]));
-    const Optional residual = like(given(saved[kResidual]), x), g = like(gy, x);
+    const Optional weight = as_numbers(given(saved[kWeight]), x), bias = as_numbers(given(saved[kBias]), x);
+    const Optional residual = like(given(saved[kResidual]), x), g = like(gy, x), past = like(given(passed), x);
     Optional dx, dresidual, dweight, dbias;
     if (needs[0]) dx = fresh(x);
     if (needs[3]) dresidual = fresh(x);
-    if ((needs[1] || needs[2]) && weight) dweight = fresh_numbers(weight->sizes());
-    if ((needs[1] || needs[2]) && bias) dbias = fresh_numbers(bias->sizes());
-    Backward f;
+    if ((needs[1] || needs[2]) && weight) dweight = fresh_numbers(weight->sizes(), x);
+    if ((needs[1] || needs[2]) && bias) dbias = fresh_numbers(bias->sizes(), x);
+    Backward<Number> f;
     common(f, recipe, x);
     const int64_t sets = recipe.sets, count = f.plan.param_count();
-    const float* s = numbers(saved[kStatistics], 5 * sets);
+    const Number* s = numbers<Number>(saved[kStatistics], 5 * sets);
     f.gy = data(g, x), f.x = x.data_ptr(), f.residual = data(residual, x), f.y = data(given(saved[kY]), x);
     f.mask = data<uint8_t>(given(saved[kMask]), x), f.dx = data(dx, x), f.dresidual = data(dresidual, x);
-    f.weight = numbers(weight, count), f.bias = numbers(bias, count);
-    f.dweight = numbers(dweight, count), f.dbias = numbers(dbias, count);
+    f.weight = numbers<Number>(weight, count), f.bias = numbers<Number>(bias, count);
+    f.dweight = numbers<Number>(dweight, count), f.dbias = numbers<Number>(dbias, count);
     f.high = s, f.low = s + sets, f.rstd = s + 3 * sets, f.count = s + 4 * sets, f.fixed = recipe.flags & kFixed;
-    kernels().backward[dtype_of(x)](f);
+    f.passed = data(past, x);
+    kernels().run(sizeof(Number) == 8 ? 0 : dtype_of(x), f);
     if (dx) found[0] = std::move(*dx);
     if (needs[1]) found[1] = as(*dweight, saved[kWeight]);
     if (needs[2]) found[2] = as(*dbias, saved[kBias]);
@@ -249,12 +280,17 @@ std::tuple<Tensor, Tensor> normalize_and_track(const Tensor& x, const Optional& 
                                                const Optional& var, const Optional& running_mean, const Optional& running_var,
                                                double momentum, bool skip_nonfinite, int64_t number) {
   const Recipe& recipe = recipe_of(number);
-  auto [y, statistics] = normalize(x, weight, bias, residual, mask, mean, var, recipe);
+  auto [y, statistics] = in_numbers_of(x, [&](auto number) {
+    return normalize<decltype(number)>(x, weight, bias, residual, mask, mean, var, recipe);
+  });
   if (torch::autograd::compute_requires_grad(x, weight, bias, residual))
     Normalize::follow(y, x, weight, bias, residual, mask, statistics, recipe);
   if (running_mean && running_var) {
-    move(numbers(statistics, 5 * recipe.sets), numbers(running_mean, recipe.sets), numbers(running_var, recipe.sets),
-         recipe.sets, momentum, recipe.correction, skip_nonfinite);
+    in_numbers_of(x, [&, &statistics = statistics](auto number) {
+      using Number = decltype(number);
+      move(numbers<Number>(statistics, 5 * recipe.sets), numbers<Number>(running_mean, recipe.sets),
+           numbers<Number>(running_var, recipe.sets), recipe.sets, momentum, recipe.correction, skip_nonfinite);
+    });
     running_mean->unsafeGetTensorImpl()->bump_version();
     running_var->unsafeGetTensorImpl()->bump_version();
   }
@@ -313,8 +349,8 @@ void learn(int64_t door, const Tensor& x, const Optional& weight, const Optional
 
 // The kernels read plain memory of the CPU.
 bool readable(const Optional& t) { return !t || (t->is_cpu() && t->layout() == at::kStrided && !at::isTensorSubclassLike(*t)); }
-bool buffer(const Optional& t, int64_t count) {
-  return t && readable(t) && t->numel() == count && t->scalar_type() == at::kFloat && t->is_contiguous() && !t->requires_grad();
+bool buffer(const Optional& t, int64_t count, const Tensor& x) {
+  return t && readable(t) && t->numel() == count && t->scalar_type() == numbers_of(x) && t->is_contiguous() && !t->requires_grad();
 }
 
 std::optional<Way> way_of(int64_t door, const Tensor& x, const Optional& weight, const Optional& bias, bool running) {
@@ -331,12 +367,33 @@ Optional enter(int64_t door, const Tensor& x, const Optional& weight, const Opti
   if (!way || !readable(x) || !readable(weight) || !readable(bias) || !readable(residual)) return std::nullopt;
   if (residual && residual->sizes() != x.sizes()) return std::nullopt;
   const int64_t sets = recipe_of(way->recipe).sets;
-  if (running && !(buffer(running_mean, sets) && buffer(running_var, sets))) return std::nullopt;
+  if (running && !(buffer(running_mean, sets, x) && buffer(running_var, sets, x))) return std::nullopt;
   const Optional none;
   const bool moves = way->tracked && torch::autograd::get_current_graph_task_id() < 0;  // not what a checkpoint computes again
   return std::get<0>(normalize_and_track(x, weight, bias, residual, none, way->given ? running_mean : none,
                                          way->given ? running_var : none, moves ? running_mean : none,
                                          moves ? running_var : none, momentum, skip_nonfinite, way->recipe));
+}
+
+// Normalized sum and sum, or nothing where Python has to look first. The gradient past the normalization joins the other
+// in the kernel, so that neither way the sum is swept by itself.
+std::vector<Tensor> enter_sum(int64_t door, const Tensor& x, const Tensor& addend, const Optional& weight, const Optional& bias) {
+  const std::optional<Way> way = way_of(door, x, weight, bias, false);
+  if (!way || !readable(x) || !readable(addend) || !readable(weight) || !readable(bias)) return {};
+  const Recipe& recipe = recipe_of(way->recipe);
+  if (recipe.plan->across || addend.scalar_type() != x.scalar_type() || addend.sizes() != x.sizes() || addend.strides() != x.strides())
+    return {};
+  const Optional none;
+  Tensor total = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return fresh(x);
+  }();
+  auto [y, statistics] = in_numbers_of(x, [&](auto number) {
+    return normalize<decltype(number)>(x, weight, bias, none, none, none, none, recipe, addend, total);
+  });
+  if (torch::autograd::compute_requires_grad(x, weight, bias, addend))
+    Normalize::follow(y, x, weight, bias, none, none, statistics, recipe, addend, total);
+  return {y, total};
 }
 
 }  // namespace
@@ -355,4 +412,5 @@ TORCH_LIBRARY_FRAGMENT(normscope, m) {
       "enter(int door, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, float momentum, bool skip_nonfinite) -> Tensor?",
       &normscope::enter);
+  m.def("enter_sum(int door, Tensor x, Tensor addend, Tensor? weight, Tensor? bias) -> Tensor[]", &normscope::enter_sum);
 }

@@ -1,6 +1,8 @@
-// exp, tanh and erf as straight-line float code, so that loops over them become vector code.
+// The activations. exp, tanh and erf of float are straight-line code, so that loops over them become vector code.
 //
-// Included inside the namespace of an instruction set by bodies.h. The coefficients are least-squares fits on Chebyshev nodes (scripts/fit_erf.py). NaN passes through all of them.
+// Included by bodies.h inside the namespace of an instruction set and of a Number. The coefficients are least-squares fits
+// on Chebyshev nodes (scripts/fit_erf.py). NaN passes through all of them.
+
 // e^x to 1.5 units in the last place: x = n·ln 2 + r, |r| ≤ ln 2 / 2.
 inline float exp_(float x) {
   const float c = x > 88.3f ? 88.3f : x < -87.3f ? -87.3f : x;
@@ -18,8 +20,6 @@ inline float exp_(float x) {
   std::memcpy(&scale, &bits, 4);
   return p * scale;
 }
-
-inline float sigmoid_(float x) { return 1.f / (1.f + exp_(-x)); }
 
 inline float tanh_(float x) {
   const float s = x * x;
@@ -60,82 +60,92 @@ inline float erf_(float x) {
   return a < 1.f ? near : x < 0 ? -far : x > 0 ? far : x;
 }
 
-inline float normal_(float x) { return 0.5f * (1.f + erf_(x * 0.70710678f)); }  // Φ
+// As exact as the library has them.
+inline double exp_(double x) { return std::exp(x); }
+inline double tanh_(double x) { return std::tanh(x); }
+inline double expm1_(double x) { return std::expm1(x); }
+inline double erf_(double x) { return std::erf(x); }
 
-inline float gelu_tanh_(float x) { return tanh_(0.79788456f * (x + 0.044715f * x * x * x)); }
+constexpr Number kRootOfTwoOverPi = Number(0.79788456080286535588), kCubic = Number(0.044715);
 
-// tanh(ln(1 + e^x)) = w/(w + 2) with w = e^x (e^x + 2); 1 in float from 20 on.
-inline float tanh_softplus_(float x) {
-  const float e = exp_(x > 20.f ? 20.f : x), w = e * (e + 2.f);
-  return w / (w + 2.f);
+inline Number sigmoid_(Number x) { return 1 / (1 + exp_(-x)); }
+
+inline Number normal_(Number x) { return Number(0.5) * (1 + erf_(x * Number(0.70710678118654752440))); }  // Φ
+
+inline Number gelu_tanh_(Number x) { return tanh_(kRootOfTwoOverPi * (x + kCubic * x * x * x)); }
+
+// tanh(ln(1 + e^x)) = w/(w + 2) with w = e^x (e^x + 2); 1 in either Number from 20 on.
+inline Number tanh_softplus_(Number x) {
+  const Number e = exp_(x > 20 ? Number(20) : x), w = e * (e + 2);
+  return w / (w + 2);
 }
 
 struct Relu {
-  static float value(float z) { return z < 0 ? 0.f : z; }  // NaN passes: NaN < 0 is false
-  static float slope(float z) { return z <= 0 ? 0.f : 1.f; }
+  static Number value(Number z) { return z < 0 ? 0 : z; }  // NaN passes: NaN < 0 is false
+  static Number slope(Number z) { return z <= 0 ? 0 : 1; }
 };
 struct Relu6 {
-  static float value(float z) { return z < 0 ? 0.f : z > 6 ? 6.f : z; }
-  static float slope(float z) { return z <= 0 || z >= 6 ? 0.f : 1.f; }
+  static Number value(Number z) { return z < 0 ? 0 : z > 6 ? 6 : z; }
+  static Number slope(Number z) { return z <= 0 || z >= 6 ? 0 : 1; }
 };
 struct LeakyRelu {
-  static float value(float z) { return z > 0 ? z : z * 0.01f; }
-  static float slope(float z) { return z > 0 ? 1.f : 0.01f; }
+  static Number value(Number z) { return z > 0 ? z : z * Number(0.01); }
+  static Number slope(Number z) { return z > 0 ? 1 : Number(0.01); }
 };
 struct Elu {
-  static float value(float z) { return z > 0 ? z : expm1_(z); }
-  static float slope(float z) { return z > 0 ? 1.f : exp_(z); }
+  static Number value(Number z) { return z > 0 ? z : expm1_(z); }
+  static Number slope(Number z) { return z > 0 ? 1 : exp_(z); }
 };
 struct Silu {
-  static float value(float z) { return z * sigmoid_(z); }
-  static float slope(float z) {
-    const float s = sigmoid_(z);
-    return s * (1.f + z * (1.f - s));
+  static Number value(Number z) { return z * sigmoid_(z); }
+  static Number slope(Number z) {
+    const Number s = sigmoid_(z);
+    return s * (1 + z * (1 - s));
   }
 };
 struct Gelu {
-  static float value(float z) { return z * normal_(z); }
-  static float slope(float z) { return normal_(z) + z * 0.39894228f * exp_(-0.5f * z * z); }
+  static Number value(Number z) { return z * normal_(z); }
+  static Number slope(Number z) { return normal_(z) + z * Number(0.39894228040143267794) * exp_(-Number(0.5) * z * z); }
 };
 struct GeluTanh {
-  static float value(float z) { return 0.5f * z * (1.f + gelu_tanh_(z)); }
-  static float slope(float z) {
-    const float t = gelu_tanh_(z);
-    return 0.5f * (1.f + t) + 0.5f * z * (1.f - t * t) * 0.79788456f * (1.f + 3 * 0.044715f * z * z);
+  static Number value(Number z) { return Number(0.5) * z * (1 + gelu_tanh_(z)); }
+  static Number slope(Number z) {
+    const Number t = gelu_tanh_(z);
+    return Number(0.5) * (1 + t) + Number(0.5) * z * (1 - t * t) * kRootOfTwoOverPi * (1 + 3 * kCubic * z * z);
   }
 };
 struct Mish {
-  static float value(float z) { return z * tanh_softplus_(z); }
-  static float slope(float z) {
-    const float t = tanh_softplus_(z);
-    return t + z * (1.f - t * t) * sigmoid_(z);
+  static Number value(Number z) { return z * tanh_softplus_(z); }
+  static Number slope(Number z) {
+    const Number t = tanh_softplus_(z);
+    return t + z * (1 - t * t) * sigmoid_(z);
   }
 };
 struct Sigmoid {
-  static float value(float z) { return sigmoid_(z); }
-  static float slope(float z) {
-    const float s = sigmoid_(z);
-    return s * (1.f - s);
+  static Number value(Number z) { return sigmoid_(z); }
+  static Number slope(Number z) {
+    const Number s = sigmoid_(z);
+    return s * (1 - s);
   }
 };
 struct Tanh {
-  static float value(float z) { return tanh_(z); }
-  static float slope(float z) {
-    const float t = tanh_(z);
-    return 1.f - t * t;
+  static Number value(Number z) { return tanh_(z); }
+  static Number slope(Number z) {
+    const Number t = tanh_(z);
+    return 1 - t * t;
   }
 };
 struct Hardswish {
-  static float value(float z) {
-    const float v = z + 3;
-    return z * (v < 0 ? 0.f : v > 6 ? 6.f : v) / 6;
+  static Number value(Number z) {
+    const Number v = z + 3;
+    return z * (v < 0 ? 0 : v > 6 ? 6 : v) / 6;
   }
-  static float slope(float z) { return z <= -3 ? 0.f : z < 3 ? z / 3 + 0.5f : 1.f; }
+  static Number slope(Number z) { return z <= -3 ? 0 : z < 3 ? z / 3 + Number(0.5) : 1; }
 };
 struct Hardsigmoid {
-  static float value(float z) {
-    const float v = z + 3;
-    return (v < 0 ? 0.f : v > 6 ? 6.f : v) / 6;
+  static Number value(Number z) {
+    const Number v = z + 3;
+    return (v < 0 ? 0 : v > 6 ? 6 : v) / 6;
   }
-  static float slope(float z) { return z > -3 && z < 3 ? 1.f / 6 : 0.f; }
+  static Number slope(Number z) { return z > -3 && z < 3 ? Number(1) / 6 : 0; }
 };

@@ -78,12 +78,13 @@ Plan read_plan(const std::vector<int64_t>& v) {
   return p;
 }
 
-int dtype_of(const Tensor& x) {
+size_t dtype_of(const Tensor& x) {  // a place in the tables of what is computed in float
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "float32, bfloat16 or float16 only");
+                  "float64, float32, bfloat16 or float16 only");
   return type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : 2;
 }
+bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
 
 // The stable API checks nothing: a tensor of another size or dtype would be read past its end.
 void* data(const Tensor& t, const Tensor& x) {
@@ -96,12 +97,17 @@ const uint8_t* booleans(const Optional& t, const Tensor& x) {
   STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Bool && t->numel() == x.numel(), "a mask does not match x");
   return static_cast<const uint8_t*>(t->data_ptr());
 }
-float* numbers(const Tensor& t, int64_t count) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() == count && t.is_contiguous(),
-                  "numbers must be contiguous float32 of the right count");
-  return static_cast<float*>(t.data_ptr());
+template <class Number>
+Number* numbers(const Tensor& t, int64_t count) {
+  const ScalarType type = sizeof(Number) == 8 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == type && t.numel() == count && t.is_contiguous(),
+                  "numbers must be contiguous, of the right count, and float64 for float64, else float32");
+  return static_cast<Number*>(t.data_ptr());
 }
-float* numbers(const Optional& t, int64_t count) { return t ? numbers(*t, count) : nullptr; }
+template <class Number>
+Number* numbers(const Optional& t, int64_t count) {
+  return t ? numbers<Number>(*t, count) : nullptr;
+}
 
 int64_t activation_of(int64_t number) {
   STD_TORCH_CHECK(number >= 0 && number < kActivationCount, "no such activation");
@@ -146,46 +152,69 @@ struct Flags {
   explicit Flags(int64_t bits) : center(bits & 1), scale(bits & 2), fixed(bits & 4), activation(activation_of(bits >> 3)) {}
 };
 
-void forward(Tensor x, Optional residual, Optional mask, Tensor y, Optional weight, Optional bias, Optional mean, Optional var,
-             Tensor statistics, int64_t plan, int64_t bits, double eps) {
+template <class Number>
+void forward_in(const Tensor& x, const Optional& residual, const Optional& mask, const Tensor& y, const Optional& weight,
+                const Optional& bias, const Optional& mean, const Optional& var, const Tensor& statistics, int64_t plan,
+                int64_t bits, double eps) {
   const Flags flags(bits);
-  Forward f;
+  Forward<Number> f;
   f.plan = plan_of(plan);
   check(f.plan, x);
   const int64_t sets = f.plan.set_count(), count = f.plan.param_count();
-  float* s = numbers(statistics, 5 * sets);
+  Number* s = numbers<Number>(statistics, 5 * sets);
   f.x = data(x, x), f.residual = data(residual, x), f.y = data(y, x), f.mask = booleans(mask, x);
-  f.weight = numbers(weight, count), f.bias = numbers(bias, count);
+  f.weight = numbers<Number>(weight, count), f.bias = numbers<Number>(bias, count);
   f.high = s, f.low = s + sets, f.var = s + 2 * sets, f.rstd = s + 3 * sets, f.count = s + 4 * sets;
   f.given = flags.fixed, f.center = flags.center, f.scale = flags.scale, f.eps = eps, f.activation = flags.activation;
   if (f.given) {
     STD_TORCH_CHECK(mean && var, "given moments are a mean and a variance");
-    std::copy_n(numbers(mean, sets), sets, f.high);
-    std::copy_n(numbers(var, sets), sets, f.var);
+    std::copy_n(numbers<Number>(mean, sets), sets, f.high);
+    std::copy_n(numbers<Number>(var, sets), sets, f.var);
   }
-  instruction_set().table().forward[dtype_of(x)](f);
+  instruction_set().table().run(sizeof(Number) == 8 ? 0 : dtype_of(x), f);
+}
+
+void forward(Tensor x, Optional residual, Optional mask, Tensor y, Optional weight, Optional bias, Optional mean, Optional var,
+             Tensor statistics, int64_t plan, int64_t bits, double eps) {
+  const auto in = is_double(x) ? forward_in<double> : forward_in<float>;
+  in(x, residual, mask, y, weight, bias, mean, var, statistics, plan, bits, eps);
+}
+
+template <class Number>
+void backward_in(const Tensor& gy, const Tensor& x, const Optional& residual, const Optional& y, const Optional& mask,
+                 const Optional& dx, const Optional& dresidual, const Optional& weight, const Optional& bias,
+                 const Tensor& statistics, const Optional& dweight, const Optional& dbias, int64_t plan, int64_t bits) {
+  const Flags flags(bits);
+  Backward<Number> f;
+  f.plan = plan_of(plan);
+  check(f.plan, x);
+  const int64_t sets = f.plan.set_count(), count = f.plan.param_count();
+  const Number* s = numbers<Number>(statistics, 5 * sets);
+  f.gy = data(gy, x), f.x = data(x, x), f.residual = data(residual, x), f.y = data(y, x), f.mask = booleans(mask, x);
+  f.dx = data(dx, x), f.dresidual = data(dresidual, x);
+  f.weight = numbers<Number>(weight, count), f.bias = numbers<Number>(bias, count);
+  f.dweight = numbers<Number>(dweight, count), f.dbias = numbers<Number>(dbias, count);
+  f.high = s, f.low = s + sets, f.rstd = s + 3 * sets, f.count = s + 4 * sets;
+  f.fixed = flags.fixed, f.center = flags.center, f.scale = flags.scale, f.activation = flags.activation;
+  instruction_set().table().run(sizeof(Number) == 8 ? 0 : dtype_of(x), f);
 }
 
 void backward(Tensor gy, Tensor x, Optional residual, Optional y, Optional mask, Optional dx, Optional dresidual, Optional weight,
               Optional bias, Tensor statistics, Optional dweight, Optional dbias, int64_t plan, int64_t bits) {
-  const Flags flags(bits);
-  Backward f;
-  f.plan = plan_of(plan);
-  check(f.plan, x);
-  const int64_t sets = f.plan.set_count(), count = f.plan.param_count();
-  const float* s = numbers(statistics, 5 * sets);
-  f.gy = data(gy, x), f.x = data(x, x), f.residual = data(residual, x), f.y = data(y, x), f.mask = booleans(mask, x);
-  f.dx = data(dx, x), f.dresidual = data(dresidual, x);
-  f.weight = numbers(weight, count), f.bias = numbers(bias, count);
-  f.dweight = numbers(dweight, count), f.dbias = numbers(dbias, count);
-  f.high = s, f.low = s + sets, f.rstd = s + 3 * sets, f.count = s + 4 * sets;
-  f.fixed = flags.fixed, f.center = flags.center, f.scale = flags.scale, f.activation = flags.activation;
-  instruction_set().table().backward[dtype_of(x)](f);
+  const auto in = is_double(x) ? backward_in<double> : backward_in<float>;
+  in(gy, x, residual, y, mask, dx, dresidual, weight, bias, statistics, dweight, dbias, plan, bits);
+}
+
+template <class Number>
+void update_in(const Tensor& statistics, const Tensor& mean, const Tensor& var, double momentum, double correction, bool skip_nonfinite) {
+  const int64_t sets = mean.numel();
+  move(numbers<Number>(statistics, 5 * sets), numbers<Number>(mean, sets), numbers<Number>(var, sets), sets, momentum, correction,
+       skip_nonfinite);
 }
 
 void update(Tensor statistics, Tensor running_mean, Tensor running_var, double momentum, double correction, bool skip_nonfinite) {
-  const int64_t sets = running_mean.numel();
-  move(numbers(statistics, 5 * sets), numbers(running_mean, sets), numbers(running_var, sets), sets, momentum, correction, skip_nonfinite);
+  const auto in = is_double(statistics) ? update_in<double> : update_in<float>;
+  in(statistics, running_mean, running_var, momentum, correction, skip_nonfinite);
 }
 
 }  // namespace

@@ -89,35 +89,42 @@ struct Plan {
 
 constexpr int64_t kActivationCount = 13;  // none, then the table in bodies.h
 
+// Number: what weights, biases and statistics are, and what is computed in; double for Number64, else Number.
+template <class Number>
 struct Forward {
   Plan plan;
   const void *x, *residual;          // residual may be null
   void* y;
   const uint8_t* mask;               // of x's layout, not 0 where a cell counts; may be null
-  const float *weight, *bias;        // may be null
-  float *high, *low, *var, *rstd, *count;  // one number per set, in memory order of the axes outside S
+  const Number *weight, *bias;        // may be null
+  Number *high, *low, *var, *rstd, *count;  // one number per set, in memory order of the axes outside S
   bool given;                        // high and var hold given moments; else all five are written
   bool center, scale;
   double eps;
   int64_t activation;
+  const void* addend = nullptr;      // along: x + addend is normalized, and left in total
+  void* total = nullptr;
 };
 
+template <class Number>
 struct Backward {
   Plan plan;
   const void *gy, *x, *residual, *y;  // y: a ReLU's gate where its z is not to be computed again; may be null
   void *dx, *dresidual;              // either may be null
   const uint8_t* mask;
-  const float *weight, *bias, *high, *low, *rstd, *count;
-  float *dweight, *dbias;            // may be null
+  const Number *weight, *bias, *high, *low, *rstd, *count;
+  Number *dweight, *dbias;            // may be null
   bool fixed, center, scale;         // fixed: the moments do not depend on x
   int64_t activation;
+  const void* passed = nullptr;      // the gradient that reaches x past the normalization; may be null
 };
 
 // running ← (1 − momentum)·running + momentum·batch, the variance with the correction m/(m − 1) of a centred one.
-inline void move(const float* statistics, float* mean, float* var, int64_t sets, double momentum, double correction, bool skip_nonfinite) {
-  const float weight = static_cast<float>(momentum), scale = static_cast<float>(correction);
+template <class Number>
+void move(const Number* statistics, Number* mean, Number* var, int64_t sets, double momentum, double correction, bool skip_nonfinite) {
+  const Number weight = static_cast<Number>(momentum), scale = static_cast<Number>(correction);
   for (int64_t i = 0; i < sets; ++i) {
-    const float batch = statistics[i] + statistics[sets + i], spread = statistics[2 * sets + i] * scale;
+    const Number batch = statistics[i] + statistics[sets + i], spread = statistics[2 * sets + i] * scale;
     if (skip_nonfinite && !std::isfinite(batch + spread)) continue;  // an exponential average never loses infinity again
     mean[i] += weight * (batch - mean[i]);
     var[i] += weight * (spread - var[i]);
@@ -126,8 +133,14 @@ inline void move(const float* statistics, float* mean, float* var, int64_t sets,
 
 // One table per instruction set; dtype 0 is float32, 1 bfloat16, 2 float16.
 struct Kernels {
-  void (*forward[3])(const Forward&);
-  void (*backward[3])(const Backward&);
+  void (*forward[3])(const Forward<float>&);
+  void (*backward[3])(const Backward<float>&);
+  void (*forward_double)(const Forward<double>&);
+  void (*backward_double)(const Backward<double>&);
+  void run(size_t dtype, const Forward<float>& f) const { forward[dtype](f); }
+  void run(size_t dtype, const Backward<float>& f) const { backward[dtype](f); }
+  void run(size_t, const Forward<double>& f) const { forward_double(f); }
+  void run(size_t, const Backward<double>& f) const { backward_double(f); }
 };
 
 // torch's thread pool, handed in so that the bodies need no header of torch.

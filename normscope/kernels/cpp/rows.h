@@ -1,6 +1,6 @@
 // Every set is one run that stays in the nearest cache, and all share their parameters: LayerNorm and RMSNorm.
 //
-// Included inside the namespace of an instruction set by bodies.h. What `along` spends on a run before its first cell, and
+// Included by bodies.h inside the namespace of an instruction set and of a Number. What `along` spends on a run before its first cell, and
 // on waiting for its sums, roots and divisions, is as much as some hundred cells take; so several runs go together.
 
 constexpr int kBeside = 4;         // runs whose gradients are added to the parameters' sums at once
@@ -13,7 +13,7 @@ bool by_rows(const Call& f) {
 }
 
 template <class T>
-void forward_rows(const Forward& f) {
+void forward_rows(const Forward<Number>& f) {
   const Plan& p = f.plan;
   const ForwardTensors<T> tensors(f);
   const int64_t n = p.length;
@@ -21,10 +21,11 @@ void forward_rows(const Forward& f) {
   const double each = 1.0 / static_cast<double>(n);
   auto statistics = [&](int64_t begin, int64_t end) {
     alignas(64) double guess[kTogether], mean[kTogether] = {}, square[kTogether];
-    alignas(64) float shift[kTogether] = {};
+    alignas(64) Number shift[kTogether] = {};
     Totals first, second;
     const int64_t count = end - begin, few = std::min<int64_t>(n, kStep);
     const T* x = tensors.x + begin * n;
+    if (f.addend) tensors.add(begin * n, count * n);
     auto squares = [&](int64_t r) __attribute__((always_inline)) {
       W deviation, squared;
       run_squares(x + r * n, nullptr, n, shift[r], deviation, squared);
@@ -35,7 +36,7 @@ void forward_rows(const Forward& f) {
       for (int64_t r = 0; r < count; ++r)
         steps<T>(few, [&](int64_t, auto cells) __attribute__((always_inline)) { first.put(r, cells.load(x + r * n)); });
       first.into(guess, 1.0 / static_cast<double>(few));
-      for (int64_t r = 0; r < kTogether; ++r) shift[r] = static_cast<float>(guess[r]);
+      for (int64_t r = 0; r < kTogether; ++r) shift[r] = static_cast<Number>(guess[r]);
     }
     for (int64_t r = 0; r < count; ++r) squares(r);
     for (bool again = f.center;; again = false) {
@@ -47,29 +48,29 @@ void forward_rows(const Forward& f) {
       if (!off) break;
       for (int64_t r = 0; r < count; ++r)
         if (off_centre(mean[r], square[r])) {
-          shift[r] = static_cast<float>(shift[r] + mean[r]);
+          shift[r] = static_cast<Number>(shift[r] + mean[r]);
           squares(r);
         }
     }
-    alignas(64) float high[kTogether], low[kTogether], var[kTogether], rstd[kTogether];
+    alignas(64) Number high[kTogether], low[kTogether], var[kTogether], rstd[kTogether];
     for (int64_t r = 0; r < kTogether; ++r) {
-      const Moments m = moments(shift[r] + mean[r], square[r] - mean[r] * mean[r], f.eps, f.scale);
+      const Moments m = moments(shift[r], mean[r], square[r] - mean[r] * mean[r], f.eps, f.scale);
       high[r] = m.high, low[r] = m.low, var[r] = m.var, rstd[r] = m.rstd;
     }
     for (int64_t r = 0; r < count; ++r) {
       f.high[begin + r] = high[r], f.low[begin + r] = low[r], f.var[begin + r] = var[r];
-      f.rstd[begin + r] = rstd[r], f.count[begin + r] = static_cast<float>(n);
+      f.rstd[begin + r] = rstd[r], f.count[begin + r] = static_cast<Number>(n);
     }
   };
   with_act<T>(f.activation, [&](auto act) {
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         if ((t - begin) % kTogether == 0) statistics(t, std::min(end, t + kTogether));
-        const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, 1.f, 0.f);
+        const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, Number(1), Number(0));
         const W high = step(l.high), factor = step(l.factor), shift = step(l.shift);
         const T* x = tensors.x + t * n;
         if (params.weight) {
-          const float *weight = params.weight.get(), *bias = params.bias.get();
+          const Number *weight = params.weight.get(), *bias = params.bias.get();
           write_run<act.value>(f, tensors, t * n, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
             return ((cells.load(x + i) - high) * factor + shift) * get(weight + i) + get(bias + i);
           });
@@ -86,18 +87,18 @@ void forward_rows(const Forward& f) {
 }
 
 template <class T>
-void backward_rows(const Backward& f) {
+void backward_rows(const Backward<Number>& f) {
   const Plan& p = f.plan;
   const BackwardTensors<T> tensors(f);
   const int64_t n = p.length, tasks = p.task_count();
   const bool learns = f.dweight || f.dbias, has_params = f.weight || f.bias;
   const RunParams<T> params(p, f.weight, f.bias, true);
-  const float *weight = params.weight.get(), *bias = params.bias.get();
+  const Number *weight = params.weight.get(), *bias = params.bias.get();
   // Accumulators by groups of runs, cut by shape alone; as many as share the work and are small against x.
   const int64_t most = std::min<int64_t>(64, std::max<int64_t>(1, tasks / 32)), group = (tasks + most - 1) / most;
   const int64_t groups = (tasks + group - 1) / group;
   ParamSums sums(groups, params.pitch, learns);
-  auto unused = zeros<float>(learns ? 0 : 2 * params.pitch);
+  auto unused = zeros<Number>(learns ? 0 : 2 * params.pitch);
   const double each = 1.0 / static_cast<double>(n);
 
   with_act<T>(f.activation, [&](auto act) {
@@ -106,13 +107,13 @@ void backward_rows(const Backward& f) {
       const W z = (x - step(l.high)) * step(l.factor) + step(l.shift);
       return has_params ? z * get(weight + i) + get(bias + i) : z;
     };
-    auto reduce = [&](auto beside, int64_t t, float* dw, float* db, Totals& first, Totals& second, int64_t at) __attribute__((always_inline)) {
+    auto reduce = [&](auto beside, int64_t t, Number* dw, Number* db, Totals& first, Totals& second, int64_t at) __attribute__((always_inline)) {
       constexpr int rows = beside;
       Line lines[rows];
       int64_t offsets[rows];
       W gw[rows], gwd[rows];
       for (int r = 0; r < rows; ++r) {
-        lines[r] = line(f.high[t + r], f.low[t + r], f.rstd[t + r], f.center, 1.f, 0.f);
+        lines[r] = line(f.high[t + r], f.low[t + r], f.rstd[t + r], f.center, Number(1), Number(0));
         offsets[r] = (t + r) * n;
         gw[r] = gwd[r] = step(0);
       }
@@ -134,7 +135,7 @@ void backward_rows(const Backward& f) {
         });
       for (int r = 0; r < rows; ++r) first.put(at + r, gw[r]), second.put(at + r, gwd[r]);
     };
-    auto gradients = [&](int64_t begin, int64_t end, float* dw, float* db) {
+    auto gradients = [&](int64_t begin, int64_t end, Number* dw, Number* db) {
       Totals first, second;
       alignas(64) double set_g[kTogether], set_gd[kTogether];
       Slope slopes[kTogether];
@@ -151,7 +152,7 @@ void backward_rows(const Backward& f) {
       if (!f.dx && !f.dresidual) return;
       for (r = 0; r < count; ++r) {
         const int64_t t = begin + r;
-        const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, 1.f, 0.f);
+        const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, Number(1), Number(0));
         const W centre = step(l.high), sa = step(slopes[r].a), sb = step(slopes[r].b), sc = step(slopes[r].c);
         write_gradients<act.value>(f, tensors, t * n, n, [&](int, int64_t i, const W& x) __attribute__((always_inline)) { return z_from(l, i, x); },
           [&](int64_t i, const W& x, const W& g) __attribute__((always_inline)) {
@@ -161,8 +162,8 @@ void backward_rows(const Backward& f) {
     };
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t u = begin; u < end; ++u) {
-        float* dw = learns ? sums.weight.get() + u * sums.size : unused.get();
-        float* db = learns ? sums.bias.get() + u * sums.size : unused.get() + params.pitch;
+        Number* dw = learns ? sums.weight.get() + u * sums.size : unused.get();
+        Number* db = learns ? sums.bias.get() + u * sums.size : unused.get() + params.pitch;
         const int64_t last = std::min(tasks, (u + 1) * group);
         for (int64_t t = u * group; t < last; t += kTogether) gradients(t, std::min(last, t + kTogether), dw, db);
       }
@@ -171,4 +172,14 @@ void backward_rows(const Backward& f) {
     parallel_for(groups, std::max<int64_t>(1, kGrain / (n * group)), body);
   });
   sums.into(f, p.param_count(), params.pitch, [](int64_t) { return 0; }, [](int64_t j) { return slot<T>(j); });
+}
+
+template <class T>
+void forward(const Forward<Number>& f) {
+  f.plan.across ? forward_across<T>(f) : !f.given && by_rows(f) ? forward_rows<T>(f) : forward_along<T>(f);
+}
+
+template <class T>
+void backward(const Backward<Number>& f) {
+  f.plan.across ? backward_across<T>(f) : by_rows(f) ? backward_rows<T>(f) : backward_along<T>(f);
 }

@@ -1,6 +1,6 @@
 // What both loop orders share: memory, moments, the line of the forward pass, the slope of the backward pass.
 //
-// Included inside the namespace of an instruction set by bodies.h.
+// Included by bodies.h inside the namespace of an instruction set and of a Number.
 
 constexpr int64_t kSegment = 2048;  // cells per inner loop: 8 KB, three of them in L1
 
@@ -34,21 +34,21 @@ Buffer<T> zeros(int64_t count) {
 enum class Act { none, relu, table };
 
 template <class F>
-void map(float* __restrict z, int64_t n) {
+void map(Number* __restrict z, int64_t n) {
   for (int64_t i = 0; i < n; ++i) z[i] = F::value(z[i]);
 }
 template <class F>
-void chain(const float* __restrict z, float* __restrict g, int64_t n) {
+void chain(const Number* __restrict z, Number* __restrict g, int64_t n) {
   for (int64_t i = 0; i < n; ++i) g[i] *= F::slope(z[i]);
 }
 
 struct Function {
-  void (*map)(float* z, int64_t n);                    // z ← f(z)
-  void (*chain)(const float* z, float* g, int64_t n);  // g ← g · f′(z)
+  void (*map)(Number* z, int64_t n);                    // z ← f(z)
+  void (*chain)(const Number* z, Number* g, int64_t n);  // g ← g · f′(z)
 };
 
-inline void keep(float*, int64_t) {}
-inline void keep(const float*, float*, int64_t) {}
+inline void keep(Number*, int64_t) {}
+inline void keep(const Number*, Number*, int64_t) {}
 
 // In the order of `FUSED` in cpu.py; the first is no activation.
 constexpr Function kActivations[] = {
@@ -70,10 +70,10 @@ static_assert(sizeof(kActivations) / sizeof(kActivations[0]) == kActivationCount
 
 inline Act act_of(int64_t activation) { return activation == 0 ? Act::none : activation == 1 ? Act::relu : Act::table; }
 
-// Calls f with the kind of activation as a constant; float16, rare on a CPU, has one kind of loop for all.
+// Calls f with the kind of activation as a constant; float16 and float64, rare in training on a CPU, have one kind of loop for all.
 template <class T, class F>
 void with_act(int64_t activation, F&& f) {
-  if constexpr (std::is_same_v<T, F16>) return f(std::integral_constant<Act, Act::table>{});
+  if constexpr (std::is_same_v<T, F16> || std::is_same_v<T, double>) return f(std::integral_constant<Act, Act::table>{});
   else switch (act_of(activation)) {
     case Act::none: return f(std::integral_constant<Act, Act::none>{});
     case Act::relu: return f(std::integral_constant<Act, Act::relu>{});
@@ -90,48 +90,49 @@ constexpr int64_t kTogether = 16;  // runs whose sums are added up in the same v
 
 // Sums of several runs: four numbers each, then of all of them at once.
 struct Totals {
-  alignas(64) float quarters[4 * kTogether] = {};
+  alignas(64) Number quarters[4 * kTogether] = {};
   void put(int64_t run, const W& sums) { put_quarter(quarters + 4 * run, sums); }
   void into(double* __restrict total, double each) const {
-    const float* q = quarters;
+    const Number* q = quarters;
     for (int64_t r = 0; r < kTogether; ++r)
       total[r] = ((static_cast<double>(q[4 * r]) + q[4 * r + 1]) + (static_cast<double>(q[4 * r + 2]) + q[4 * r + 3])) * each;
   }
 };
 
 struct Moments {
-  float high, low, var, rstd;
+  Number high, low, var, rstd;
 };
 
-inline Moments moments(double mean, double var, double eps, bool scale) {
+// The mean is shift + rest: one number that cells were compared with, and what they lie off it on average.
+inline Moments moments(double shift, double rest, double var, double eps, bool scale) {
   var = var < 0 ? 0 : var;  // NaN passes
-  const float high = static_cast<float>(mean);
-  const float low = high - high == 0 ? static_cast<float>(mean - high) : 0.f;  // finite
-  return {high, low, static_cast<float>(var), scale ? static_cast<float>(1 / std::sqrt(var + eps)) : 1.f};
+  const Number high = static_cast<Number>(shift + rest);
+  const Number low = high - high == 0 ? static_cast<Number>(shift - high + rest) : Number(0);  // finite
+  return {high, low, static_cast<Number>(var), scale ? static_cast<Number>(1 / std::sqrt(var + eps)) : Number(1)};
 }
 
 // A first guess of the mean that lies outside by many σ costs digits of the variance: sum again from the mean found.
 inline bool off_centre(double mean, double square) { return mean * mean > 4 * (square - mean * mean); }
 
 struct Line {  // z = (x − high)·factor + shift
-  float high, factor, shift;
+  Number high, factor, shift;
 };
 
-inline Line line(float high, float low, float rstd, bool center, float weight, float bias) {
-  const float factor = rstd * weight;
-  return {center ? quiet(high) : 0.f, quiet(factor), quiet((center ? -low * factor : 0.f) + bias)};
+inline Line line(Number high, Number low, Number rstd, bool center, Number weight, Number bias) {
+  const Number factor = rstd * weight;
+  return {center ? quiet(high) : Number(0), quiet(factor), quiet((center ? -low * factor : Number(0)) + bias)};
 }
 
 struct Slope {  // dx = g·a + (x − high)·b + c
-  float a, b, c;
+  Number a, b, c;
 };
 
 // `each` is 1/|S|.
-inline Slope slope(const Backward& f, double low, double rstd, double set_g, double set_gx, double each) {
-  if (f.fixed) return {static_cast<float>(rstd), 0, 0};
+inline Slope slope(const Backward<Number>& f, double low, double rstd, double set_g, double set_gx, double each) {
+  if (f.fixed) return {static_cast<Number>(rstd), 0, 0};
   const double b = f.scale ? -set_gx * each * rstd * rstd : 0;
   const double c = f.center ? -set_g * each * rstd - b * low : 0;
-  return {static_cast<float>(rstd), static_cast<float>(b), static_cast<float>(c)};
+  return {static_cast<Number>(rstd), static_cast<Number>(b), static_cast<Number>(c)};
 }
 
 // Σ value(i) over i < n, in lanes.
@@ -148,23 +149,23 @@ NORMSCOPE_INLINE double sum_of(int64_t n, F&& value) {
 // Partial gradients of the parameters, added up in order at the end.
 struct ParamSums {
   int64_t units, size;
-  Buffer<float> weight, bias;
-  ParamSums(int64_t u, int64_t n, bool on) : units(on ? u : 0), size(n), weight(zeros<float>(units * n)), bias(zeros<float>(units * n)) {}
+  Buffer<Number> weight, bias;
+  ParamSums(int64_t u, int64_t n, bool on) : units(on ? u : 0), size(n), weight(zeros<Number>(units * n)), bias(zeros<Number>(units * n)) {}
 
   // base(unit) is the place of a unit's first number among `total`, and place(parameter) that of a parameter.
   template <class Base, class Place>
-  void into(const Backward& f, int64_t params, int64_t total, Base&& base, Place&& place) const {
+  void into(const Backward<Number>& f, int64_t params, int64_t total, Base&& base, Place&& place) const {
     if (!units) return;
     auto w = zeros<double>(total), b = zeros<double>(total);
     for (int64_t u = 0; u < units; ++u) {
       const int64_t at = base(u), n = std::min(size, total - at);
-      const float *from_w = weight.get() + u * size, *from_b = bias.get() + u * size;
+      const Number *from_w = weight.get() + u * size, *from_b = bias.get() + u * size;
       double *__restrict to_w = w.get() + at, *__restrict to_b = b.get() + at;
       for (int64_t j = 0; j < n; ++j) to_w[j] += from_w[j], to_b[j] += from_b[j];
     }
     for (int64_t j = 0; j < params; ++j) {
-      if (f.dweight) f.dweight[j] = static_cast<float>(w[place(j)]);
-      if (f.dbias) f.dbias[j] = static_cast<float>(b[place(j)]);
+      if (f.dweight) f.dweight[j] = static_cast<Number>(w[place(j)]);
+      if (f.dbias) f.dbias[j] = static_cast<Number>(b[place(j)]);
     }
   }
 };
@@ -235,25 +236,34 @@ struct ForwardTensors {
   const uint8_t* mask;
   T* y;
   bool streamed;
-  explicit ForwardTensors(const Forward& f)
-      : x(static_cast<const T*>(f.x)), residual(static_cast<const T*>(f.residual)), mask(f.mask), y(static_cast<T*>(f.y)),
-        streamed(!std::is_same_v<T, F16> && streams(f.plan.numel() * static_cast<int64_t>(sizeof(T)))) {}
+  const T *own, *addend;
+  T* total;
+  explicit ForwardTensors(const Forward<Number>& f)
+      : x(static_cast<const T*>(f.addend ? f.total : f.x)), residual(static_cast<const T*>(f.residual)), mask(f.mask), y(static_cast<T*>(f.y)),
+        streamed(!std::is_same_v<T, F16> && streams(f.plan.numel() * static_cast<int64_t>(sizeof(T)))),
+        own(static_cast<const T*>(f.x)), addend(static_cast<const T*>(f.addend)), total(static_cast<T*>(f.total)) {}
+
+  void add(int64_t offset, int64_t n) const {  // before anything reads x there
+    steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+      cells.store(total + offset + i, cells.load(own + offset + i) + cells.load(addend + offset + i), false);
+    });
+  }
 };
 template <class T>
 struct BackwardTensors {
-  const T *x, *gy, *residual, *y;
+  const T *x, *gy, *residual, *y, *passed;
   const uint8_t* mask;
   T *dx, *dresidual;
   bool streamed;
-  explicit BackwardTensors(const Backward& f)
+  explicit BackwardTensors(const Backward<Number>& f)
       : x(static_cast<const T*>(f.x)), gy(static_cast<const T*>(f.gy)), residual(static_cast<const T*>(f.residual)),
-        y(static_cast<const T*>(f.y)), mask(f.mask), dx(static_cast<T*>(f.dx)), dresidual(static_cast<T*>(f.dresidual)),
+        y(static_cast<const T*>(f.y)), passed(static_cast<const T*>(f.passed)), mask(f.mask), dx(static_cast<T*>(f.dx)), dresidual(static_cast<T*>(f.dresidual)),
         streamed(!std::is_same_v<T, F16> && streams(f.plan.numel() * static_cast<int64_t>(sizeof(T)))) {}
 };
 
 // y of one run: z(first cell, cells) computes γ·x̂ + β of a step.
 template <Act act, class T, class Z>
-NORMSCOPE_INLINE void write_run(const Forward& f, const ForwardTensors<T>& t, int64_t offset, int64_t n, Z&& z_of) {
+NORMSCOPE_INLINE void write_run(const Forward<Number>& f, const ForwardTensors<T>& t, int64_t offset, int64_t n, Z&& z_of) {
   const T* residual = t.residual ? t.residual + offset : nullptr;
   const uint8_t* mask = t.mask ? t.mask + offset : nullptr;
   T* y = t.y + offset;
@@ -265,7 +275,7 @@ NORMSCOPE_INLINE void write_run(const Forward& f, const ForwardTensors<T>& t, in
   auto finished = [&](int64_t i, auto cells, W z) __attribute__((always_inline)) { return mask ? z & cells.mask(mask + i) : z; };
   const bool streamed = t.streamed && whole_lines(y, n);
   if constexpr (act == Act::table) {
-    alignas(64) float z[kSegment];
+    alignas(64) Number z[kSegment];
     steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) { put(z + i, z_and_residual(i, cells)); });
     kActivations[f.activation].map(z, padded(n));
     steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
@@ -283,7 +293,7 @@ NORMSCOPE_INLINE void write_run(const Forward& f, const ForwardTensors<T>& t, in
 // x and the gradient of z of some runs side by side, step by step: each(first cell, cells, visit), where visit(row, body) calls
 // body(x, g); z_of(row, first cell, x) is z but for the residual.
 template <Act act, int rows, class T, class Z, class Each>
-NORMSCOPE_INLINE void read_runs(const Backward& f, const BackwardTensors<T>& t, const int64_t* offsets, int64_t n, Z&& z_of, Each&& each_step) {
+NORMSCOPE_INLINE void read_runs(const Backward<Number>& f, const BackwardTensors<T>& t, const int64_t* offsets, int64_t n, Z&& z_of, Each&& each_step) {
   const T *x = t.x, *gy = t.gy, *residual = t.residual, *y = t.y;
   const uint8_t* mask = t.mask;
   // A masked cell may hold anything; 0·NaN is NaN, so both factors are cleared.
@@ -294,7 +304,7 @@ NORMSCOPE_INLINE void read_runs(const Backward& f, const BackwardTensors<T>& t, 
     return z;
   };
   if constexpr (act == Act::table) {
-    alignas(64) float z[kSegment], g[rows][kSegment];
+    alignas(64) Number z[kSegment], g[rows][kSegment];
     for (int r = 0; r < rows; ++r) {
       steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
         const int64_t at = offsets[r] + i;
@@ -323,7 +333,7 @@ NORMSCOPE_INLINE void read_runs(const Backward& f, const BackwardTensors<T>& t, 
 
 // The same of one run: each(first cell, cells, x, g).
 template <Act act, class T, class Z, class Each>
-NORMSCOPE_INLINE void read_run(const Backward& f, const BackwardTensors<T>& t, int64_t offset, int64_t n, Z&& z_of, Each&& each_step) {
+NORMSCOPE_INLINE void read_run(const Backward<Number>& f, const BackwardTensors<T>& t, int64_t offset, int64_t n, Z&& z_of, Each&& each_step) {
   read_runs<act, 1>(f, t, &offset, n, z_of, [&](int64_t i, auto cells, auto&& visit) __attribute__((always_inline)) {
     visit(0, [&](const W& x, const W& g) __attribute__((always_inline)) { each_step(i, cells, x, g); });
   });
@@ -331,14 +341,18 @@ NORMSCOPE_INLINE void read_run(const Backward& f, const BackwardTensors<T>& t, i
 
 // dx and the residual's gradient of one run: dx_of(first cell, cells, x, g) computes dx of a step.
 template <Act act, class T, class Z, class Dx>
-NORMSCOPE_INLINE void write_gradients(const Backward& f, const BackwardTensors<T>& t, int64_t offset, int64_t n, Z&& z_of, Dx&& dx_of) {
+NORMSCOPE_INLINE void write_gradients(const Backward<Number>& f, const BackwardTensors<T>& t, int64_t offset, int64_t n, Z&& z_of, Dx&& dx_of) {
   T *dx = t.dx ? t.dx + offset : nullptr, *dresidual = t.dresidual ? t.dresidual + offset : nullptr;
   const uint8_t* mask = t.mask ? t.mask + offset : nullptr;
-  const bool streamed = t.streamed && dx && whole_lines(dx, n);
+  const bool streamed = t.streamed && dx && !t.passed && whole_lines(dx, n);
   read_run<act>(f, t, offset, n, z_of, [&](int64_t i, auto cells, const W& x, const W& g) __attribute__((always_inline)) {
     if (dresidual) cells.store(dresidual + i, g, false);
     if (!dx) return;
     const W d = dx_of(i, x, g);
     cells.store(dx + i, mask ? d & cells.mask(mask + i) : d, streamed);
   });
+  if (dx && t.passed)
+    steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+      cells.store(dx + i, cells.load(dx + i) + cells.load(t.passed + offset + i), false);
+    });
 }

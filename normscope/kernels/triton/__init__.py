@@ -23,6 +23,9 @@ from normscope.kernels.triton.geometry import Plan, Tile
 __all__ = ["Layout", "backward", "forward", "interpreted", "layout_of", "missing", "passes", "serves", "update"]
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 @lru_cache(maxsize=1)
 def interpreted() -> bool:
     """Whether the interpreter serves tensors of the CPU."""
@@ -43,7 +46,7 @@ def missing() -> str | None:
 
 def serves(x: Tensor) -> bool:
     """Whether these kernels compute on a tensor's device."""
-    return (x.is_cuda or (x.is_cpu and interpreted())) and missing() is None
+    return (x.is_cuda or (x.is_cpu and interpreted())) and x.dtype in DTYPES and missing() is None
 
 
 class Layout(NamedTuple):
