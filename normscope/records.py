@@ -882,6 +882,37 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Cell:
+    """A number of a table, and whether it is the best of its row, or cannot be told from the best."""
+
+    value: Interval
+    mark: Literal["best", "not separable", ""] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table, in one unit; a cell is None where nothing was measured.
+
+    Attributes:
+        digits: After the point.
+    """
+
+    name: str
+    unit: str
+    digits: int
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Numbers in rows and columns, and what they are in words."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Registration:
     """What was fixed before the first run, and its fingerprint.
 
@@ -953,6 +984,7 @@ class Experiment:
     commits: tuple[str, ...]
     command: str
     note: str = ""
+    tables: tuple[Table, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -978,13 +1010,19 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """Two claims that cannot both hold, and what decided between them, or why that is open."""
+    """Two claims that cannot both hold, and what decided between them, or why that is open.
+
+    Attributes:
+        experiments: Those that are to decide, `undone` those of them that have not been run.
+        judgements: What the others said about the claims, with the name of the experiment and the claims' ids.
+    """
 
     code: str
     text: str
     experiments: tuple[str, ...]
+    undone: tuple[str, ...]
     verdict: Literal["decided", "in part", "open"]
-    outcome: str
+    judgements: tuple[tuple[str, tuple[str, ...], Judgement], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1006,11 +1044,46 @@ class Correction:
 
 
 @dataclass(frozen=True, slots=True)
+class Point:
+    """One sentence behind an advice, and what it rests on.
+
+    Attributes:
+        text: As the verdict has it: what was found, or what is not known.
+        stance: Towards the advice; "note" is neither for nor against it.
+        judgement: None where the experiment has not been run.
+    """
+
+    text: str
+    stance: Literal["for", "against", "note", "unknown"]
+    experiment: str
+    judgement: Judgement | None
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What to do in a situation.
+
+    Attributes:
+        call: Lines of Python that do it.
+        cost: What it costs.
+        published: What others measured at full size; "" for nothing.
+    """
+
+    situation: str
+    use: str
+    call: tuple[str, ...]
+    cost: str
+    published: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Ledger:
     """All claims with their verdicts.
 
     Attributes:
         sources: What the keys of the claims' sources stand for.
+        advice: For whoever has a model and no time to read the claims.
     """
 
     claims: tuple[Claim, ...]
@@ -1018,6 +1091,7 @@ class Ledger:
     contradictions: tuple[Contradiction, ...]
     sources: tuple[tuple[str, str], ...]
     corrections: tuple[Correction, ...] = ()
+    advice: tuple[Advice, ...] = ()
 
     @property
     def tests(self) -> int:
@@ -1033,8 +1107,15 @@ class Ledger:
         """How many claims have a verdict."""
         return sum(claim.verdict == verdict for claim in self.claims)
 
+    def minutes(self, claim: Claim) -> float:
+        """Of computing, in all experiments that say something about a claim."""
+        names = {name for name, _ in claim.judgements}
+        return sum(e.seconds for e in self.experiments if e.registration.name in names) / 60
+
 
 __all__ += [
+    "Advice",
+    "Cell",
     "Claim",
     "Contradiction",
     "Correction",
@@ -1044,8 +1125,11 @@ __all__ += [
     "Ledger",
     "Picture",
     "Plot",
+    "Point",
     "Registration",
+    "Row",
     "Series",
+    "Table",
 ]
 
 

@@ -151,11 +151,11 @@ def _seeds(text: str | None) -> list[int] | None:
 @click.option(
     "--document",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where to write the document; its figures are linked from there. Default: OUT/claims.md.",
+    help="Where to write the claims, and advice.md beside them; the figures are linked from there. [OUT/claims.md]",
 )
 @click.option("--figures/--no-figures", default=True, help="Draw the figures.")
 def report(sources: tuple[Path, ...], store: Path, out: Path, document: Path | None, figures: bool) -> None:
-    """Write index.html, claims.md, ledger.json, results/*.jsonl and figures/*.svg.
+    """Write index.html, claims.md, advice.md beside it, ledger.json, results/*.jsonl and figures/*.svg.
 
     Each SOURCE is a store or a folder of exported results; without one, --store is read. Of each experiment the run of
     the largest complete profile counts, the last of equals. OUT/notes.tsv, if there is one, holds notes on runs: lines
@@ -163,8 +163,8 @@ def report(sources: tuple[Path, ...], store: Path, out: Path, document: Path | N
     """
     from normscope.lab import ledger
     from normscope.records import to_json
+    from normscope.report import advice, plots
     from normscope.report import claims as pages
-    from normscope.report import plots
 
     runs = ledger.best(run for source in sources or (store,) for run in ledger.read(source))
     record = ledger.ledger(runs, ledger.read_notes(out))
@@ -182,6 +182,7 @@ def report(sources: tuple[Path, ...], store: Path, out: Path, document: Path | N
     for path, text in (
         (out / "index.html", pages.page(record, pictures)),
         (document, pages.markdown(record, linked)),
+        (document.with_name("advice.md"), advice.markdown(record, document.name)),
         (out / "ledger.json", to_json(record)),
     ):
         path.write_text(text, encoding="utf-8")

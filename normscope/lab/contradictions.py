@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from normscope.records import Claim, Contradiction, Experiment, Judgement
+from normscope.records import Contradiction, Experiment
 
 __all__ = ["CONTRADICTIONS", "contradictions"]
 
@@ -99,7 +99,7 @@ CONTRADICTIONS = (
     ),
     _Pair(
         "X13",
-        "In recurrent networks it works vertically and explodes horizontally, or is of no use at all, or works so- so.",
+        "In recurrent networks it works vertically and explodes horizontally, or is of no use at all, or works so-so.",
         ("000-28", "002-19", "004-8"),
         ("E01",),
     ),
@@ -169,38 +169,24 @@ CONTRADICTIONS = (
 )
 
 
-def contradictions(claims: Sequence[Claim], experiments: Sequence[Experiment]) -> tuple[Contradiction, ...]:
+def contradictions(experiments: Sequence[Experiment]) -> tuple[Contradiction, ...]:
     """Each with what the judged experiments say about its claims."""
-    return tuple(_settle(pair, claims, experiments) for pair in CONTRADICTIONS)
+    return tuple(_settle(pair, experiments) for pair in CONTRADICTIONS)
 
 
-def _settle(pair: _Pair, claims: Sequence[Claim], experiments: Sequence[Experiment]) -> Contradiction:
+def _settle(pair: _Pair, experiments: Sequence[Experiment]) -> Contradiction:
     judged = {e.registration.name for e in experiments if e.judgements}
-    done = [name for name in pair.experiments if name in judged]
-    said = [
-        (claim.id, name, judgement)
-        for claim in claims
-        if claim.id in pair.claims
-        for name, judgement in claim.judgements
-        if name in pair.experiments
-    ]
-    sure = [row for row in said if row[2].verdict not in ("UNDECIDED", "open")]
-    missing = [name for name in pair.experiments if name not in judged]
-    state: Literal["decided", "in part", "open"] = (
-        "open" if not sure else "decided" if not missing and len(sure) == len(said) else "in part"
+    said = tuple(
+        (name, tuple(c for c in j.claims if c in pair.claims), j)
+        for name in pair.experiments
+        for e in experiments
+        if e.registration.name == name
+        for j in e.judgements
+        if set(j.claims) & set(pair.claims)
     )
-    parts = [f"{name} on {claim}: {j.verdict}. {j.outcome}" for claim, name, j in _distinct(said)]
-    if missing:
-        parts.append(f"Not run: {', '.join(missing)}.")
-    elif not sure:
-        parts.append(f"{' and '.join(done)} could not decide at this size.")
-    return Contradiction(pair.code, pair.text, pair.experiments, state, " ".join(parts))
-
-
-def _distinct(said: Sequence[tuple[str, str, Judgement]]) -> list[tuple[str, str, Judgement]]:
-    """Without a judgement that is about two claims of the same contradiction told twice."""
-    kept: list[tuple[str, str, Judgement]] = []
-    for row in said:
-        if all(row[2] is not other[2] for other in kept):
-            kept.append(row)
-    return kept
+    undone = tuple(name for name in pair.experiments if name not in judged)
+    sure = [j for _, _, j in said if j.verdict not in ("UNDECIDED", "open")]
+    state: Literal["decided", "in part", "open"] = (
+        "open" if not sure else "decided" if not undone and len(sure) == len(said) else "in part"
+    )
+    return Contradiction(pair.code, pair.text, pair.experiments, undone, state, said)

@@ -19,7 +19,7 @@ import torch
 
 from normscope.errors import ArgumentError
 from normscope.lab.threads import threads
-from normscope.records import Judgement, Picture, Registration, to_json
+from normscope.records import Judgement, Picture, Registration, Table, to_json
 
 __all__ = ["Exact", "Experiment", "Measured", "Numbers", "ProfileName", "Results", "Task", "digest", "execute"]
 
@@ -172,6 +172,10 @@ class Experiment(ABC):
     @abstractmethod
     def figure(self, results: Results) -> Picture | None:
         """What they look like."""
+
+    def tables(self, results: Results) -> tuple[Table, ...]:
+        """What is to be looked up in them; nothing as a rule."""
+        return ()
 
     def run(self, profile: ProfileName = "quick", seeds: Sequence[int] | None = None) -> Results:
         """Do all runs of a profile in this process and keep them in memory."""

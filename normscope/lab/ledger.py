@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 
 from normscope.errors import DataError
 from normscope.lab import registry
+from normscope.lab.advice import advice
 from normscope.lab.claims import CLAIMS, SOURCES
 from normscope.lab.contradictions import contradictions
 from normscope.lab.experiment import Exact, Measured, ProfileName, Results, Task, digest
 from normscope.lab.facts import CORRECTIONS
+from normscope.lab.samples import assuming
 from normscope.lab.store import Store, decode_numbers, encode_numbers
 from normscope.lab.verdicts import merge
 from normscope.records import Claim, Experiment, Ledger, Machine, from_json, to_json
@@ -36,7 +39,7 @@ class Run:
     ) -> None:  # fmt: skip
         self.experiment = registry.load(name)
         self.name, self.profile, self.seeds = name, profile, seeds
-        self.tasks = self.experiment.tasks(profile, seeds, results)
+        self.tasks = _planned(name, profile, seeds, results)
         self.results = results.of(self.tasks)
         self.machines, self.commits = tuple(machines), tuple(commits)
 
@@ -51,6 +54,13 @@ class Run:
         usual = tuple(range(self.experiment.seeds[self.profile]))
         seeds = "" if self.seeds == usual else f" --seeds {','.join(map(str, self.seeds))}"
         return f"normscope lab run {self.name} --profile {self.profile}{seeds}"
+
+
+def _planned(name: str, profile: ProfileName, seeds: tuple[int, ...], results: Results) -> list[Task]:
+    """What belongs to a profile with the data that its runs were made with, which need not be on this machine."""
+    names = results.texts("data")
+    with assuming(names) if names else nullcontext():
+        return registry.load(name).tasks(profile, seeds, results)
 
 
 def read(source: Path) -> list[Run]:
@@ -68,7 +78,7 @@ def read(source: Path) -> list[Run]:
     for sweep in store.sweeps():
         results = store.results(sweep.experiment)
         profile = _profile(sweep.profile)
-        tasks = registry.load(sweep.experiment).tasks(profile, sweep.seeds, results)
+        tasks = _planned(sweep.experiment, profile, sweep.seeds, results)
         machines, commits = store.origin([task.key for task in tasks])
         runs.append(Run(sweep.experiment, profile, sweep.seeds, results, machines, commits))
     store.close()
@@ -151,6 +161,7 @@ def judge(run: Run) -> Experiment:
         planned=len(run.tasks),
         judgements=judgements,
         picture=run.experiment.figure(run.results) if done else None,
+        tables=run.experiment.tables(run.results) if done else (),
         seconds=sum(m.seconds for m in run.results),
         machines=run.machines,
         commits=run.commits,
@@ -199,7 +210,8 @@ def ledger(runs: Iterable[Run], notes: Mapping[str, str] = MappingProxyType({}))
         dataclasses.replace(e, note=notes.get(f"{e.registration.name} {e.profile} {e.digest}", "")) for e in judged
     ]
     claims = tuple(_claim(entry.id, found) for entry in CLAIMS)
-    return Ledger(claims, tuple(found), contradictions(claims, found), tuple(SOURCES.items()), CORRECTIONS)
+    sources = tuple(SOURCES.items())
+    return Ledger(claims, tuple(found), contradictions(found), sources, CORRECTIONS, advice(found))
 
 
 def _claim(identifier: str, found: Sequence[Experiment]) -> Claim:

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normscope import data
-from normscope.data.folder import folder_of
 from normscope.lab.networks import norm_2d
+from normscope.lab.samples import available
 
-__all__ = ["Restorer", "Scenes", "available_scenes", "contrast_error", "halved", "patches", "psnr", "scenes"]
+__all__ = ["TITLES", "Restorer", "Scenes", "available_scenes", "contrast_error", "halved", "patches", "psnr", "scenes"]
 
 CROP = 96
+# What a verdict calls the pictures, which need not be on the machine that judges.
+TITLES = {"pictures": "BSD68 to train, Set12 to test", "textures": "procedural textures"}
 
 
 @dataclass(frozen=True, eq=False)
 class Scenes:
     """Grey pictures, pixels 0 to 1: some to cut training patches from, others (n, 1, 96, 96) to report on."""
 
-    title: str
     train: tuple[Tensor, ...]
     valid: Tensor
     test: Tensor
@@ -41,15 +42,15 @@ def scenes(name: str) -> Scenes:
         berkeley = [torch.tensor(p.pixels).float() / 255 for p in data.load_pictures("BSD68")]
         twelve = [torch.tensor(p.pixels).float() / 255 for p in data.load_pictures("Set12")]
         crops = torch.stack([_middle(p) for p in berkeley[60:]]), torch.stack([_middle(p) for p in twelve])
-        return Scenes("BSD68 to train, Set12 to test", tuple(berkeley[:60]), crops[0][:, None], crops[1][:, None])
+        return Scenes(tuple(berkeley[:60]), crops[0][:, None], crops[1][:, None])
     drawn = [_texture(seed) for seed in range(40)]
     crops = torch.stack([_middle(p) for p in drawn[24:32]]), torch.stack([_middle(p) for p in drawn[32:]])
-    return Scenes("procedural textures", tuple(drawn[:24]), crops[0][:, None], crops[1][:, None])
+    return Scenes(tuple(drawn[:24]), crops[0][:, None], crops[1][:, None])
 
 
 def available_scenes() -> str:
     """The pictures where the user's folder holds them, else textures."""
-    return "pictures" if folder_of("restoration/BSD68") and folder_of("restoration/Set12") else "textures"
+    return available("pictures", "restoration/BSD68", "restoration/Set12", instead="textures")
 
 
 def _texture(seed: int, size: int = 160) -> Tensor:

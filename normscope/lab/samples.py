@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -13,7 +15,7 @@ from torch import Tensor
 from normscope import data
 from normscope.data.folder import folder_of
 
-__all__ = ["Form", "Samples", "available", "batches", "samples"]
+__all__ = ["Form", "Samples", "assuming", "available", "batches", "samples"]
 
 Form = Literal["flat", "binary", "image", "half"]
 
@@ -21,10 +23,36 @@ Form = Literal["flat", "binary", "image", "half"]
 FALLBACK = "digits"
 
 
-def available(name: str) -> str:
-    """The data set of this name, or the embedded digits where it is absent."""
-    present = data.find_mnist() is not None if name == "mnist" else folder_of(name) is not None
-    return name if present else FALLBACK
+# The sets that count as present whatever the user's folder holds; None: the folder decides.
+_ASSUMED: ContextVar[frozenset[str] | None] = ContextVar("assumed", default=None)
+
+
+@contextmanager
+def assuming(names: Iterable[str]) -> Iterator[None]:
+    """Within this context these data sets and no others are available: those that stored runs were made with."""
+    before = _ASSUMED.set(frozenset(names))
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(before)
+
+
+def available(name: str, *parts: str, instead: str = FALLBACK) -> str:
+    """The data set of this name, or the embedded digits where it is absent.
+
+    Args:
+        name: Of the set.
+        parts: Folders of the user's that it consists of; by default the one of its name.
+        instead: What stands in for it.
+    """
+    assumed = _ASSUMED.get()
+    if assumed is not None:
+        present = name in assumed
+    elif name == "mnist":
+        present = data.find_mnist() is not None
+    else:
+        present = all(folder_of(part) is not None for part in parts or (name,))
+    return name if present else instead
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,14 @@
-"""Figures as records: what to draw, not how."""
+"""Figures and tables as records: what to draw, not how."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from normscope.records import Interval, Plot, Series
+from normscope.lab.verdicts import among_best, interval
+from normscope.records import Cell, Interval, Plot, Row, Series
+from normscope.statistics import paired_effect
 
-__all__ = ["band", "bars", "beside", "dashes", "line", "points", "spread"]
+__all__ = ["band", "bars", "beside", "dashes", "line", "points", "row", "spread"]
 
 
 def _row(values: Iterable[float]) -> tuple[float, ...]:
@@ -59,3 +61,29 @@ def beside(title: str, y: str, groups: Mapping[str, Mapping[str, Sequence[float]
         places = [ticks.index(arm) + 0.15 * (k - (len(groups) - 1) / 2) for arm in arms]
         series.append(points(group, places, [i.value for i in within], k, within=within))
     return Plot(title, x, y, tuple(series), ticks=tuple(ticks))
+
+
+def row(
+    name: str, arms: Mapping[str, Sequence[float]], columns: Sequence[str], *, unit: str, least: bool = False
+) -> Row:
+    """Arms side by side, each with the interval of its mean and a mark if none is surely better.
+
+    Args:
+        name: Of the row.
+        arms: Column → a number per seed; shares, or decibels.
+        columns: Of the table.
+        unit: "%" of shares, or "dB".
+        least: The smallest number is the best, not the largest.
+    """
+    scale, digits = (100, 1) if unit == "%" else (1, 2)
+    scaled = {arm: [scale * v for v in values] for arm, values in arms.items()}
+    ranked = {arm: [-v if least else v for v in values] for arm, values in scaled.items()}
+    best, good = max(ranked, key=lambda arm: sum(ranked[arm])), among_best(ranked)
+
+    def cell(arm: str) -> Cell | None:
+        if arm not in scaled:
+            return None
+        value = interval(paired_effect(scaled[arm]))
+        return Cell(value, "best" if arm == best else "not separable" if arm in good else "")
+
+    return Row(name, unit, digits, tuple(cell(arm) for arm in columns))

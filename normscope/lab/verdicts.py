@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from normscope.records import Interval, Judgement, LabVerdict
 from normscope.statistics import MINIMUM_SEEDS, Effect, decide, decide_equivalence, paired_effect
 
-__all__ = ["by_effect", "by_equivalence", "by_rivals", "identity", "interval", "merge", "ruled", "tiny", "told"]
+__all__ = [
+    "among_best",
+    "by_effect",
+    "by_equivalence",
+    "by_rivals",
+    "identity",
+    "interval",
+    "merge",
+    "ruled",
+    "tiny",
+    "told",
+]
 
 
 def identity(
@@ -84,6 +95,17 @@ def by_rivals(
             verdict = "CONFIRMED"
     effect = interval(nearest, f"{unit}, less the best rival's ({name})")
     return ruled(claims, question, verdict, outcome, validity, effect=effect, seeds=nearest.n, tests=len(rivals))
+
+
+def among_best(rows: Mapping[str, Sequence[float]]) -> set[str]:
+    """Those whose numbers the best does not surely beat, larger ones being better, the best included.
+
+    By the rule of `by_rivals`: differences paired by seed, their intervals widened to hold together.
+    """
+    best = max(rows, key=lambda name: sum(rows[name]))
+    level = 1 - 0.05 / max(1, len(rows) - 1)
+    effects = {name: paired_effect(rows[best], row, level=level) for name, row in rows.items() if name != best}
+    return {best, *(name for name, e in effects.items() if e.low <= 0 or e.n < MINIMUM_SEEDS)}
 
 
 def interval(effect: Effect, unit: str = "") -> Interval:

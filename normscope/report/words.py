@@ -6,7 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from normscope.records import CheckRecord, Comparison, Difference, Finding, FixRecord, Interval, Remedy, Status
+from normscope.records import (
+    CheckRecord,
+    Comparison,
+    Difference,
+    Finding,
+    FixRecord,
+    Interval,
+    Judgement,
+    Remedy,
+    Status,
+)
 
 __all__ = [
     "SAFETY",
@@ -23,10 +33,13 @@ __all__ = [
     "descendants",
     "difference",
     "differences",
+    "effect",
     "fold_layers",
     "gained",
+    "in_cell",
     "interval",
     "is_percent",
+    "judged",
     "layer",
     "level",
     "metric_name",
@@ -82,6 +95,27 @@ def number(value: float) -> str:
     if size < 1e-3:
         return f"{value:.1e}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+
+
+def effect(found: Interval | None) -> str:
+    """An effect of the lab with its interval and unit; "" where there is none."""
+    if found is None:
+        return ""
+    value = "undetermined" if math.isnan(found.value) else number(found.value)
+    if found.low != found.high:
+        value += f" ({number(found.low)} to {number(found.high)})"
+    return f"{value} {found.unit}".strip()
+
+
+def judged(judgement: Judgement) -> str:
+    """The verdict of an experiment with its effect and the number of seeds."""
+    seeds = plural(judgement.seeds, "seed") if judgement.seeds else ""
+    return ", ".join(filter(None, (judgement.verdict, effect(judgement.effect), seeds)))
+
+
+def in_cell(text: str) -> str:
+    """Text within a table of a document."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def percent(value: float) -> str:

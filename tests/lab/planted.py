@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from normscope.lab.experiments import b17_shift
+from normscope.lab.experiments import b17_shift, h01_matrix
 
 
 def noise(task, k):
@@ -212,3 +212,124 @@ PLANTED = {
     "D01": d01, "E02": e02, "F03": f03, "F04": f04, "F05": f05, "F06": f06, "G01": g01, "H01": h01, "H02": h02,
     "H03": h03,
 }  # fmt: skip
+
+
+# --- further questions: a positive gain confirms the one that is named, a negative one refutes it ---------------------
+
+
+def rate_alone(task, gain):
+    wide = str(task["norm"]) in (("BN scaled",) if gain > 0 else ("BN",))
+    return {name: row(task, 0.9 if (2.0 if wide else 0.2) >= abs(1 - task["gain"]) else 0.2)
+            for name in ("test", "valid")}  # fmt: skip
+
+
+def affine_learns(task, gain):
+    return trained(task, 0.1 + 0.4 * (task["norm"] != "BN only" or gain > 0))
+
+
+def dropout_needless(task, gain):
+    return b10(task, 0.0) | {"test": row(task, 0.5 + 0.05 * (gain < 0) * (task["dropout"] > 0))}
+
+
+def decay_without(task, gain):
+    used = (task["norm"] == "none") == (gain > 0) and task["lambda"] > 0
+    return b11(task, 1.0) | {"test": row(task, 0.5 + 0.05 * used)}
+
+
+def fewer_data(task, gain):
+    return trained(task, 0.8 + 0.02 * gain * (task["norm"] == "BN") * -math.log2(task["size"]))
+
+
+def shifts_slow(task, gain):
+    noisy = "noisy" in str(task["norm"])
+    speed = 0.8 if task["norm"] == "none" else 0.9 - 0.08 * noisy * (gain > 0)
+    return trained(task, speed) | {"drift": row(task, 2.0 if noisy else 0.5)}
+
+
+def unequal_batches(task, gain):
+    suffers = (task["norm"] == "none") == (gain > 0)
+    return trained(task, 0.8 - 0.1 * suffers * (task["batches"] != "mixed"))
+
+
+def small_batch_without(task, gain):
+    return trained(task, 0.5 + 0.1 * gain * (task["batch"] / 32) * (task["norm"] == "none"))
+
+
+def synchronised(task, gain):
+    return trained(task, 0.7 - 0.05 * (gain < 0) * str(task["norm"]).endswith("synchronised")) | {"difference": [1e-7]}
+
+
+def varying(task, gain):
+    loss = 0.1 * (task["norm"] == "BN") * (task["regime"] == ("varying" if gain > 0 else "fixed"))
+    return {"test": row(task, 0.8 - loss), "valid": row(task, 0.8), "along": [0.5] * 10}
+
+
+def ends(task, gain):
+    return trained(task, 0.5 + 0.05 * gain * (task["norm"] == "LN"))
+
+
+def longer_steps(task, gain):
+    if "norm" in dict(task.settings):
+        return trained(task, 0.9)
+    ratio = 1.2 + 0.02 * gain * math.log2(task["batch"])
+    return {"time none": [1.0] * 3, "time BN": [ratio + float(noise(task, k)[0]) for k in range(3)]}
+
+
+def beyond(task, gain):
+    return e02(task, 0.0) | {"by length": [0.8, 0.8, 0.8, 0.8 - 0.2 * (gain < 0) + float(noise(task, 4)[0])]}
+
+
+def mixing(task, gain):
+    better = str(task["norm"]) == ("BN alike" if gain > 0 else "BN")
+    return {"loss": [1.0 - 0.3 * better + float(noise(task, k)[0]) for k in range(3)], "valid": row(task, -1.0)}
+
+
+def two_samples(task, gain):
+    small = task["task"] == "small batch"
+    return {"test": row(task, 0.8 - 0.1 * gain * small), "valid": row(task, 0.8)}
+
+
+def groups(task, gain):
+    return {"test": row(task, 0.8 + 0.1 * gain * (task["norm"] == "GN")), "valid": row(task, 0.8)}
+
+
+def layers(task, gain):
+    return {"test": row(task, 0.8 - 0.1 * gain * (task["norm"] == "LN")), "valid": row(task, 0.8)}
+
+
+def counted(task, gain):
+    """Of the layers of the package, which no run measures."""
+    h01_matrix.successors = lambda: (17, 18) if gain > 0 else (9, 18)
+    return h01(task, 1.0)
+
+
+def slow_steps(task, gain):
+    return trained(task, 0.5) | {"time": [1 + 0.5 * (gain > 0) * (task["norm"] == "BN") + float(noise(task, 5)[0])]}
+
+
+def slow_whitening(task, gain):
+    return trained(task, 0.5) | {"time": [1 + 0.5 * gain * (task["norm"] == "BN ZCA") + float(noise(task, 5)[0])]}
+
+
+FURTHER = {
+    ("B04", "is that left to the rate (gain² in its place widens further)?"): rate_alone,
+    ("B09", "do γ and β learn by gradient descent?"): affine_learns,
+    ("B10", "is dropout needless with it?"): dropout_needless,
+    ("B11", "is the best decay of more use without it?"): decay_without,
+    ("B12", "is its gain larger with less data?"): fewer_data,
+    ("B14", "do shifting distributions slow it down?"): shifts_slow,
+    ("B16", "does Batch Normalization lose less by unequal batches?"): unequal_batches,
+    ("C02", "or is it the optimizer's batch: does it rise without a normalizer?"): small_batch_without,
+    ("C03", "do synchronised statistics repair it?"): synchronised,
+    ("C04", "does it lose more with varying batches than with fixed ones?"): varying,
+    ("C07", "is LayerNorm better than InstanceNorm in convolutions?"): ends,
+    ("D01", "the more so the larger the batch?"): longer_steps,
+    ("E02", "do the last step's statistics serve beyond the longest sequence?"): beyond,
+    ("F05", "does it suffer from mixing unrelated images in a batch?"): mixing,
+    ("H01", "do nearly all successors use one sample only?"): counted,
+    ("H01", "is GroupNorm better where statistics have two samples?"): two_samples,
+    ("H01", "is LayerNorm useful in recurrent networks only?"): layers,
+    ("H01", "small batch: is GN among the best?"): groups,
+    ("H02", "is a step with Batch Normalization slower by a tenth?"): slow_steps,
+    ("H03", "is whitening expensive?"): slow_whitening,
+}

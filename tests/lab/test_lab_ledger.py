@@ -2,14 +2,17 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
-from normscope.lab import contradictions, ledger
+from normscope.errors import ArgumentError
+from normscope.lab import advice, contradictions, ledger
 from normscope.lab.experiment import Results
 from normscope.lab.registry import load
-from normscope.lab.verdicts import by_effect, by_equivalence, identity, merge, ruled, tiny
+from normscope.lab.sketch import row
+from normscope.lab.verdicts import among_best, by_effect, by_equivalence, identity, merge, ruled, tiny
 from normscope.records import Interval
-from normscope.report import claims
+from normscope.report import claims, words
 from normscope.statistics import Effect
 
 
@@ -44,9 +47,9 @@ def test_judgements_say_when_seeds_are_too_few():
 
 
 def test_effects_in_words():
-    assert claims.effect(Interval(0.026, 0.026, 0.026, "share")) == "0.0260 share"
-    assert claims.effect(Interval(float("nan"), 0.0, float("inf"), "times")) == "undetermined (0 to inf) times"
-    assert claims.effect(None) == ""
+    assert words.effect(Interval(0.026, 0.026, 0.026, "share")) == "0.0260 share"
+    assert words.effect(Interval(float("nan"), 0.0, float("inf"), "times")) == "undetermined (0 to inf) times"
+    assert words.effect(None) == ""
 
 
 def runs(*names):
@@ -77,18 +80,64 @@ def test_the_largest_complete_profile_counts():
 
 def test_contradictions_say_what_decided_or_why_not():
     found = {c.code: c for c in ledger.ledger(runs("A10")).contradictions}
-    assert (found["X1"].verdict, found["X1"].outcome) == ("open", "Not run: F01, F02.")
+    assert found["X1"].verdict == "open"
+    assert claims.decided(found["X1"]) == ["Not run: F01, F02."]
     assert found["X6"].verdict == "in part"
-    assert found["X6"].outcome.startswith("A10 on 002-11: CONDITIONAL.")
-    assert found["X6"].outcome.endswith("Not run: C01.")
+    told, undone = claims.decided(found["X6"])
+    assert told.startswith("A10 on 002-11: is a batch of 1 impossible? CONDITIONAL, 1.000 largest")
+    assert undone == "Not run: C01."
 
 
 def test_a_contradiction_may_stay_open_after_its_experiments(monkeypatch):
     experiment = load("A10")
-    unsure = ruled(experiment.registration.claims, "?", "UNDECIDED", "Seen.", "here")
+    question = "is a batch of 1 impossible?"
+    unsure = ruled(experiment.registration.claims, question, "UNDECIDED", "Seen.", "here")
     monkeypatch.setattr(type(experiment), "judge", lambda self, results: (unsure,))
     pair = next(p for p in contradictions.CONTRADICTIONS if p.code == "X6")
     monkeypatch.setattr(contradictions, "CONTRADICTIONS", (type(pair)(pair.code, pair.text, pair.claims, ("A10",)),))
     (found,) = ledger.ledger(runs("A10")).contradictions
     assert found.verdict == "open"
-    assert found.outcome.endswith("A10 could not decide at this size.")
+    assert claims.decided(found)[-1] == "A10 could not decide at this size."
+
+
+def test_what_cannot_be_told_from_the_best():
+    rng = np.random.default_rng(0)
+    noise = {name: 0.01 * rng.normal(size=6) for name in "abcd"}
+    rows = {"a": 0.9 + noise["a"], "b": 0.9 + 0.001 + noise["b"], "c": 0.7 + noise["c"]}
+    assert among_best(rows) == {"a", "b"}
+    # Against its own noise 0.2 is 20 deviations; with five seeds nothing is sure.
+    assert among_best({name: values[:5] for name, values in rows.items()}) == {"a", "b", "c"}
+    found = row("loss", {"a": rows["a"], "c": rows["c"]}, ("c", "x", "a"), unit="%", least=True)
+    assert [one and one.mark for one in found.cells] == ["best", None, ""]
+    assert found.cells[2].value.value == pytest.approx(100 * rows["a"].mean())
+    assert claims.cell(found, found.cells[1]) == ("–", "")
+    assert claims.cell(found, found.cells[0])[0] == f"{100 * rows['c'].mean():.1f}"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "supports", "text", "stance"),
+    [
+        ("CONFIRMED", "CONFIRMED", "So.", "for"),
+        ("CONFIRMED", "REFUTED", "So.", "against"),
+        ("REFUTED", "CONFIRMED", "Not so.", "against"),
+        ("REFUTED", "REFUTED", "Not so.", "for"),
+        ("REFUTED", None, "Not so.", "note"),
+        ("CONDITIONAL", "CONFIRMED", "At times.", "for"),
+        ("UNDECIDED", "CONFIRMED", "Not decided: whether so.", "unknown"),
+    ],
+)
+def test_advice_says_what_the_verdict_allows(monkeypatch, verdict, supports, text, stance):
+    asked = advice._Asked("A10", "?", "so", "not so", supports=supports, mixed="at times")
+    monkeypatch.setattr(advice, "SITUATIONS", (advice._Situation("t", "u", (), "c", "", (asked,)),))
+    monkeypatch.setattr(type(load("A10")), "judge", lambda self, results: (ruled((), "?", verdict, "", ""),))
+    (point,) = ledger.ledger(runs("A10")).advice[0].points
+    assert (point.text, point.stance) == (text, stance)
+    (point,) = ledger.ledger([]).advice[0].points
+    assert (point.text, point.stance, point.judgement) == ("Not measured: whether so.", "unknown", None)
+
+
+def test_advice_on_a_question_that_is_not_asked_is_refused(monkeypatch):
+    asked = advice._Asked("A10", "is it?", "so", "not so")
+    monkeypatch.setattr(advice, "SITUATIONS", (advice._Situation("t", "u", (), "c", "", (asked,)),))
+    with pytest.raises(ArgumentError, match="A10 does not answer 'is it\\?'"):
+        ledger.ledger(runs("A10"))

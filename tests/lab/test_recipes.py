@@ -1,7 +1,7 @@
 """Full-size recipes on tiny folders: each trains, is killed, goes on, and ends as if it had not been."""
 
 import json
-import os
+import multiprocessing
 import signal
 import socket
 import subprocess
@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import recipe_worker
 import torch
 from click.testing import CliRunner
 
@@ -26,11 +27,13 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 TINY = {
     "bn-inception": ("baseline", 4, 2, 32),
     "resnet50": ("Online-2", 4, 2, 64),
-    "detector": ("BN-2", 4, 2, 64),
+    "detector": ("Sync-2", 4, 2, 64),
     "dncnn": ("BN", 4, 2, 16),
     "edsr": ("none", 4, 2, 16),
     "pixel-mnist": ("BN-permuted", 4, 4, 6),
 }
+# A checkpoint is written after every second step: what is killed in the last one has gone on since the first.
+HOLD = 3
 
 
 @pytest.fixture(scope="module")
@@ -85,25 +88,51 @@ def call(*arguments, code=0):
     return result.output
 
 
-def start(arguments, **environment):
-    command = [sys.executable, "-m", "normscope", *arguments]
-    return subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def start():
+    """A function that runs words in a process; it is forked from one that has imported everything, once."""
+    processes = multiprocessing.get_context("forkserver")
+    # torch._dynamo is what the first step of an optimizer imports.
+    processes.set_forkserver_preload(["normscope.cli", "normscope.lab.recipes.catalogue", "torch._dynamo"])
+
+    def go(words, told, hold=None, **environment):
+        process = processes.Process(target=recipe_worker.run, args=(words, environment, told, hold), daemon=True)
+        process.start()
+        return process
+
+    return go
 
 
-def kill_at_the_first_checkpoint(out, *processes):
+def two(start, words, told, hold=None):
+    """Two processes as torchrun starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(words, told.with_suffix(f".{k}"), hold, RANK=str(k), LOCAL_RANK=str(k), **group) for k in range(2)
+    ]  # fmt: skip
+
+
+def finish(processes, told):
+    for process in processes:
+        process.join(120)
+        said = [path.read_text() for path in told.parent.glob(f"{told.stem}.*")]
+        assert process.exitcode == 0, said
+
+
+def kill_after_the_first_checkpoint(out, processes, told):
     end = time.monotonic() + 120
     while not (out / engine.CHECKPOINT).exists():
         assert time.monotonic() < end
-        assert all(p.poll() is None for p in processes), [p.communicate()[1] for p in processes if p.poll()]
+        said = [path.read_text() for path in told.parent.glob(f"{told.stem}.*")]
+        assert all(process.exitcode is None for process in processes), said
         time.sleep(0.002)
     for process in processes:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     for process in processes:
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
 
 
 def same(first, second):
@@ -124,14 +153,14 @@ def one_thread():
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_killed_and_resumed_it_ends_with_the_same_numbers(name, data, tmp_path, one_thread):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    call(*words(name, data, whole))
-    kill_at_the_first_checkpoint(broken, start(words(name, data, broken)))
-    at = torch.load(broken / engine.CHECKPOINT, weights_only=True)["step"]
-    assert at < TINY[name][1]
-    assert not (broken / engine.RESULT).exists()
-    call(*words(name, data, broken))
+def test_killed_and_resumed_it_ends_with_the_same_numbers(name, data, tmp_path, start, one_thread):
+    whole, broken, told = tmp_path / "whole", tmp_path / "broken", tmp_path / "told.txt"
+    with recipe_worker.narrow():
+        call(*words(name, data, whole))
+        kill_after_the_first_checkpoint(broken, [start(words(name, data, broken), told, HOLD)], told)
+        assert torch.load(broken / engine.CHECKPOINT, weights_only=True)["step"] < HOLD
+        assert not (broken / engine.RESULT).exists()
+        call(*words(name, data, broken))
     same(whole, broken)
     history = json.loads((whole / engine.RESULT).read_text())["history"]
     assert [entry["step"] for entry in history] == [2, 4]
@@ -142,35 +171,27 @@ def test_every_recipe_is_tried():
     assert set(TINY) == set(catalogue.RECIPES)
 
 
-def two(arguments):
-    """Two processes as torchrun starts them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [start(arguments, RANK=str(k), LOCAL_RANK=str(k), **group) for k in range(2)]
-
-
-def finish(processes):
-    for process in processes:
-        told = process.communicate(timeout=120)[1].decode()
-        assert process.returncode == 0, told
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize("name", TINY)
+def test_two_ranks_killed_and_resumed(name, data, tmp_path, start):
+    whole, broken, told = tmp_path / "whole", tmp_path / "broken", tmp_path / "told.txt"
+    finish(two(start, words(name, data, whole), told), told)
+    kill_after_the_first_checkpoint(broken, two(start, words(name, data, broken), told, HOLD), told)
+    finish(two(start, words(name, data, broken), told), told)
+    same(whole, broken)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-def test_two_ranks_killed_and_resumed(data, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(two(words("dncnn", data, whole)))
-    kill_at_the_first_checkpoint(broken, *two(words("dncnn", data, broken)))
-    finish(two(words("dncnn", data, broken)))
-    same(whole, broken)
-    # One process alone is another run, and is told so.
-    assert "another recipe" in call(*words("dncnn", data, broken), code=2)
+def test_one_process_does_not_go_on_for_two(data, tmp_path, start):
+    out, told = tmp_path / "out", tmp_path / "told.txt"
+    finish(two(start, words("dncnn", data, out), told), told)
+    assert "another recipe" in call(*words("dncnn", data, out), code=2)
 
 
 def test_sigterm_ends_after_the_step(data, tmp_path):
     out = tmp_path / "out"
-    process = start(words("dncnn", data, out, steps=100_000, every=1))
+    command = [sys.executable, "-m", "normscope", *words("dncnn", data, out, steps=100_000, every=1)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     end = time.monotonic() + 120
     while not (out / engine.CHECKPOINT).exists():
         assert time.monotonic() < end
@@ -265,6 +286,17 @@ def test_inception_has_the_sizes_of_figure_5():
         "3a": (256, 28, 28), "3b": (320, 28, 28), "3c": (576, 14, 14), "4a": (576, 14, 14), "4b": (576, 14, 14),
         "4c": (576, 14, 14), "4d": (576, 14, 14), "4e": (1024, 7, 7), "5a": (1024, 7, 7), "5b": (1024, 7, 7),
     }  # fmt: skip
+
+
+def test_inception_has_the_weights_of_the_code_that_its_authors_published():
+    with torch.device("meta"):
+        features = BNInception(1000).features
+    convolutions = [layer for layer in features.modules() if isinstance(layer, torch.nn.Conv2d)]
+    norms = [layer for layer in features.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    # inception_v2_test.py of tensorflow/models counts β and both running statistics, there is no γ; its first
+    # convolution, a separable one, has 64 biases in place of a normalizer.
+    state = 3 * (sum(norm.num_features for norm in norms) - 64) + 64
+    assert sum(layer.weight.numel() for layer in convolutions) + state == 10_173_112
 
 
 def test_networks_have_the_published_numbers_of_parameters():

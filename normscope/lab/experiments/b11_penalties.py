@@ -153,7 +153,7 @@ class Penalties(Tuned):
                 "does L1 give zeros, and L2 small weights?",
                 verdict,
                 f"Zeros under L1: {told({NORMS[n]: rows[largest] for n, rows in zeros.items()})}; ‖w‖ under L2: "
-                f"{told({NORMS[n]: rows[largest] for n, rows in sizes.items()}, '.2f')}, without "
+                f"{told({NORMS[n]: rows[largest] for n, rows in sizes.items()}, '.2f')}, at λ = 0 "
                 f"{told({NORMS[n]: rows[0.0] for n, rows in sizes.items()}, '.2f')}.",
                 valid,
                 seeds=len(replayed),

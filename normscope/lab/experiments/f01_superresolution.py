@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import normscope as ns
 from normscope.lab.catalogue import register
 from normscope.lab.experiment import Numbers, ProfileName, Results, Task
-from normscope.lab.restoration import Restorer, available_scenes, contrast_error, halved, patches, psnr, scenes
+from normscope.lab.restoration import TITLES, Restorer, available_scenes, contrast_error, halved, patches, psnr, scenes
 from normscope.lab.sketch import points, spread
 from normscope.lab.training import Arm, Tuned, descend, first_reaching, schedule
 from normscope.lab.verdicts import by_effect, interval, ruled
@@ -115,7 +115,7 @@ class SuperResolution(Tuned):
     def judge(self, results: Results) -> tuple[Judgement, ...]:
         """PSNR, speed, divergence, and which mechanism."""
         task = next(iter(results)).task
-        title, steps = scenes(task.text("data")).title, results.where(stage="test")[0].task["steps"]
+        title, steps = TITLES[task.text("data")], results.where(stage="test")[0].task["steps"]
         valid = f"{title}, twofold, 4 residual blocks of 16 channels, {steps} steps, L1, tuned"
         arms = list(dict.fromkeys(m.task.text("norm") for m in results))
         rows = {norm: self._pictures(results, "psnr", norm) for norm in arms}

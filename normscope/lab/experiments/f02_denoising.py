@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from normscope.lab.catalogue import register
 from normscope.lab.experiment import Numbers, ProfileName, Results, Task
-from normscope.lab.restoration import Restorer, available_scenes, halved, patches, psnr, scenes
+from normscope.lab.restoration import TITLES, Restorer, available_scenes, halved, patches, psnr, scenes
 from normscope.lab.sketch import points
 from normscope.lab.training import Arm, Tuned, descend
 from normscope.lab.verdicts import by_effect, interval, merge, ruled
@@ -112,7 +112,7 @@ class Denoising(Tuned):
     def judge(self, results: Results) -> tuple[Judgement, ...]:
         """The gain in denoising, and its difference from the gain in super-resolution."""
         task = results.where(stage="test")[0].task
-        valid = f"{scenes(task.text('data')).title}, 3 residual blocks of 16 channels, {task['steps']} steps, tuned"
+        valid = f"{TITLES[task.text('data')]}, 3 residual blocks of 16 channels, {task['steps']} steps, tuned"
         gains = self._cases(results)
         main, other = paired_effect(gains["noise", True]), paired_effect(gains["enlarged", True])
         interaction = paired_effect(gains["noise", True], gains["enlarged", True])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from normscope.lab.catalogue import register
 from normscope.lab.experiment import Experiment, Numbers, ProfileName, Results, Task
-from normscope.lab.restoration import available_scenes, halved, patches, scenes
+from normscope.lab.restoration import TITLES, available_scenes, halved, patches, scenes
 from normscope.lab.sketch import beside
 from normscope.lab.verdicts import interval, ruled
 from normscope.records import Judgement, LabVerdict, Picture
@@ -66,7 +66,7 @@ class Residuals(Experiment):
     def judge(self, results: Results) -> tuple[Judgement, ...]:
         """Both residuals against their thresholds."""
         task = next(iter(results)).task
-        valid = f"{scenes(task.text('data')).title}, {task['patches']} patches of {PATCH} × {PATCH}"
+        valid = f"{TITLES[task.text('data')]}, {task['patches']} patches of {PATCH} × {PATCH}"
         listed = {
             kind: ", ".join(f"{what} {_mean(results, f'{kind} {name}'):.3f}" for name, what in NAMES.items())
             for kind in ("noise", "enlarged")

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from normscope.lab.catalogue import register
 from normscope.lab.experiment import Numbers, ProfileName, Results, Task
 from normscope.lab.matrix import MEASURE, successors
-from normscope.lab.sketch import beside
+from normscope.lab.sketch import beside, row
 from normscope.lab.training import Arm, Tuned
 from normscope.lab.verdicts import by_effect, by_rivals, interval, ruled, told
-from normscope.records import Judgement, LabVerdict, Picture
+from normscope.records import Judgement, LabVerdict, Picture, Table
 from normscope.statistics import Effect, decide, paired_effect
 
 __all__ = ["EXPERIMENT", "Matrix"]
@@ -196,6 +196,33 @@ class Matrix(Tuned):
             }
             plots.append(beside("against no normalizer", f"{unit}, less that without", groups))
         return Picture("Every normalizer on every task, mean and range over seeds, every arm tuned.", tuple(plots))
+
+    def tables(self, results: Results) -> tuple[Table, ...]:
+        """Tasks × normalizers and faults × normalizers."""
+        scores = self._scores(results)
+        norms, faulty = ("none", "BN", *FREE), ("BN", *FREE)
+        tasks = [row(name, rows, norms, unit=_unit(name)) for name, rows in scores.items()]
+        faults = [row(name, rows, faulty, unit=_unit(name), least=True) for name, rows in _faults(scores).items()]
+        return (
+            Table(
+                "Tasks × normalizers: test accuracy or PSNR, mean over seeds with its interval. “Small batch” is the "
+                "network of convolutions with statistics over two images, which concerns Batch Normalization alone.",
+                norms,
+                tuple(tasks),
+            ),
+            Table(
+                "Faults × normalizers: what is lost by statistics over two images in place of 32, and against no "
+                "normalizer in super-resolution and recurrent networks. Normalizers of one sample lose nothing by a "
+                "small batch, nor by other statistics at inference, the fourth fault; for Batch Normalization that is "
+                "measured in C05.",
+                faulty,
+                tuple(faults),
+            ),
+        )
+
+
+def _unit(task: str) -> str:
+    return "dB" if task in ("super-resolution", "denoising") else "%"
 
 
 def _row(found: Numbers, *names: str) -> list[float]:

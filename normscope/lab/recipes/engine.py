@@ -72,20 +72,11 @@ def train(job: Job, name: str, data: Path, settings: Settings) -> dict[str, Any]
         Stopped: SIGTERM came; the checkpoint is of the step that it fell into.
     """
     with _group() as (rank, count, device), _terminating() as asked:
-        items = job.training(data, job.edge)
-        run = _Run(job, name, items, settings, rank, count, device)
-        run.rehearse()
-        run.resume()
-        for step, (x, y) in zip(range(run.step, job.schedule.steps), run.batches(), strict=False):
-            run.take(step, x, y)
-            last = step + 1 == job.schedule.steps
-            if last or (step + 1) % settings.report == 0:
-                run.measure(data)
-            stopping = _any(asked(), device)
-            if last or stopping or (step + 1) % settings.every == 0:
-                run.save()
-            if stopping and not last:
-                raise Stopped(f"{name} stopped at step {step + 1} of {job.schedule.steps}")
+        run = _Run(job, name, job.training(data, job.edge), settings, rank, count, device)
+        try:
+            run.through(data, asked)
+        finally:
+            run.leave()
         return run.finish()
 
 
@@ -103,6 +94,30 @@ class _Run:
         self.optimizer = _optimizer(job, network)
         self.step, self.history = 0, list[dict[str, float]]()
         self.fingerprint = job.fingerprint(name, settings.seed, settings.half, count, len(items), items.classes)
+
+    def through(self, data: Path, asked: Callable[[], bool]) -> None:
+        """From where it is to the end, or to the step into which a signal falls."""
+        self.rehearse()
+        self.resume()
+        steps, settings = self.job.schedule.steps, self.settings
+        for step, (x, y) in zip(range(self.step, steps), self.batches(), strict=False):
+            self.take(step, x, y)
+            last = step + 1 == steps
+            if last or (step + 1) % settings.report == 0:
+                self.measure(data)
+            stopping = _any(asked(), self.device)
+            if last or stopping or (step + 1) % settings.every == 0:
+                self.save()
+            if stopping and not last:
+                raise Stopped(f"{self.name} stopped at step {step + 1} of {steps}")
+
+    def leave(self) -> None:
+        """Let go of DDP while there is still the group.
+
+        Its reducer holds the group too. Being the last to do so, it would end the group's threads with the interpreter
+        locked, for which such a thread may wait: in one run of eighty a process hung at its end (torch 2.13, gloo).
+        """
+        self.trained = self.network
 
     def rehearse(self) -> None:
         """One step whose effects are undone.

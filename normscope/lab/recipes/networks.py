@@ -134,18 +134,19 @@ class ResNet50(nn.Module):
     Args:
         classes: How many; 0 for the last maps in place of scores.
         norm: See `norm_2d`.
+        width: Maps of the first convolution.
 
     Source: He et al. 2016, Table 1; Goyal et al. 2017, §5.1.
     """
 
-    def __init__(self, classes: int, *, norm: str) -> None:
+    def __init__(self, classes: int, *, norm: str, width: int = 64) -> None:
         super().__init__()
-        layers: list[nn.Module] = [_unit(3, 64, 7, norm, "relu", 2), nn.MaxPool2d(3, 2, 1)]
-        inputs = 64
+        layers: list[nn.Module] = [_unit(3, width, 7, norm, "relu", 2), nn.MaxPool2d(3, 2, 1)]
+        inputs = width
         for k, blocks in enumerate((3, 4, 6, 3)):
             for b in range(blocks):
-                layers.append(_Bottleneck(inputs, 64 * 2**k, 2 if k and not b else 1, norm))
-                inputs = 256 * 2**k
+                layers.append(_Bottleneck(inputs, width * 2**k, 2 if k and not b else 1, norm))
+                inputs = 4 * width * 2**k
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(inputs, classes) if classes else None
 
@@ -161,12 +162,13 @@ class Detector(nn.Module):
     Args:
         classes: How many.
         norm: See `norm_2d`.
+        width: See `ResNet50`.
     """
 
-    def __init__(self, classes: int, *, norm: str) -> None:
+    def __init__(self, classes: int, *, norm: str, width: int = 64) -> None:
         super().__init__()
-        self.features = ResNet50(0, norm=norm).features
-        self.head = nn.Sequential(_unit(2048, 256, 3, norm, "relu"), nn.Conv2d(256, classes + 5, 1))
+        self.features = ResNet50(0, norm=norm, width=width).features
+        self.head = nn.Sequential(_unit(32 * width, 256, 3, norm, "relu"), nn.Conv2d(256, classes + 5, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, 3, h, w) to (n, 1 + classes + 4, h/32, w/32).
