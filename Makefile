@@ -64,8 +64,8 @@ lab: $(READY)
 triton: $(READY)
 	@$(BIN)/python -c "import triton" || { echo "first: $(BIN)/python -m pip install --no-deps triton"; exit 1; }
 	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
-		then $(BIN)/python -m pytest tests/test_triton.py; \
-		else NORMSCOPE_TRITON=interpret $(BIN)/python -m pytest tests/test_triton.py; fi
+		then NORMSCOPE_TRITON=on $(BIN)/python -m pytest tests/test_triton.py; \
+		else NORMSCOPE_TRITON=interpret $(BIN)/python -m pytest --numprocesses 2 tests/test_triton.py; fi
 
 # A copy of the package with its kernels built under the address and undefined-behaviour sanitizers, and the kernel tests
 # with every instruction set: half an hour on two cores. Run from its folder, so that nothing imports the checkout.

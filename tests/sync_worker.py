@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normscope as ns
 from normscope import oracle
+from normscope.functional import compiled
 from normscope.nn import SyncBatchNorm, collective
 from normscope.surgery import keep_float32
 
@@ -182,6 +183,40 @@ def bfloat16_and_half():
         for name, of in (("y", put_together), ("input", put_together), ("weight", total)):
             # The same float32 numbers, each rounded once more to the narrow type.
             assert error(of(mine[name]), single[name].detach().double().numpy()) <= torch.finfo(dtype).eps
+
+
+@check
+def kernels_on_some_ranks():
+    """Between the messages the compiled kernels compute what torch's operators do; each rank chooses for itself."""
+    recipe_of, used = compiled.recipe_of, []
+
+    def chosen(which):
+        def recipe(*args):
+            found = recipe_of(*args) if which(rank()) else None
+            used.append(found)
+            return found
+
+        return recipe
+
+    for dtype, masked, activation, residual in (
+        (torch.float32, False, None, False), (torch.float32, True, "silu", True), (torch.bfloat16, True, "relu", True)
+    ):  # fmt: skip
+        x, gy, r = (whole(C, 3, 2, seed=k, dtype=dtype, offset=3.0) for k in (1, 2, 3))
+        mask = whole(3, 2, seed=4) > -0.3 if masked else None
+        parts = share(x), share(r) if residual else None, None if mask is None else share(mask), share(gy)
+        results = []
+        for which in (lambda k: False, lambda k: True, lambda k: k % 2 == 0):
+            compiled.recipe_of = chosen(which)
+            try:
+                results.append(step(layer_of(SyncBatchNorm, torch.float32, activation=activation), *parts))
+            finally:
+                compiled.recipe_of = recipe_of
+        # Some roundings each, and one to the narrow type.
+        unit = 2**-20 if dtype == torch.float32 else torch.finfo(dtype).eps
+        for name, t in results[0].items():
+            for other in results[1:]:
+                assert t.numel() == 0 or error(other[name], t.detach().double().numpy()) <= unit, (dtype, name)
+    assert compiled.backend_of(x) is None or any(used) == (BATCHES[rank()] > 0)
 
 
 @check
@@ -479,9 +514,9 @@ def compiled_in_one_graph():
         return
     x, gy = whole(C, 3, seed=1), whole(C, 3, seed=2)
     outcomes = []
-    for compiled in (False, True):
+    for compiling in (False, True):
         layer = layer_of(SyncBatchNorm, torch.float64, process_group=groups[0], activation="gelu")
-        mine = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        mine = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiling else layer
         inputs = share(x).clone().requires_grad_()
         y = mine(inputs)
         y.backward(share(gy))

@@ -25,6 +25,7 @@ from normscope import cli, oracle, records
 from normscope.bench import Settings, architectures, cases, check, networks, run, suite, targets, timing
 from normscope.bench.cases import FAMILIES, Case, State
 from normscope.errors import ArgumentError, ProofError
+from normscope.kernels import triton
 from normscope.records import Interval
 from normscope.report import benchmarks
 
@@ -81,7 +82,9 @@ def test_on_a_gpu_the_suite_exceeds_its_cache():
         if case.part == "suite":
             assert 64 << 20 <= case.size < max(128 << 20, small.size + 1)
         else:
-            assert case is small
+            assert case.shape == small.shape
+        # torch's LayerNorm, GroupNorm and RMSNorm refuse float32 parameters for bfloat16 there.
+        assert case.params == ("f32" if case.family.name in ("BN", "BN1d", "IN") else case.dtype)
     assert run_module()._table("cpu")["LN 32x197x768 f32"].shape == (32, 197, 768)
 
 
@@ -353,7 +356,7 @@ def called(monkeypatch):
 
 def test_a_case_is_measured(called):
     case = Case(FAMILIES["BN"], (2, 6, 5, 3), "bf16", "cl")
-    record = suite.measure(case, 0.0, CPU, compiled=case.family.eager)
+    record = suite.measure(case, 0.0, CPU, {"compiled": case.family.eager})
     assert (record.name, record.layout, record.params) == ("BN 2x6x5x3 bf16 cl", "cl", "f32")
     assert [t.name for t in record.timings] == [
         "ours",
@@ -492,6 +495,87 @@ def test_a_compiler_that_fails_is_a_note(small, monkeypatch):
     record = run(dataclasses.replace(QUICKLY, quick=False))
     assert record.notes == ("torch.compile was not measured: RuntimeError: no g++",)  # tried once
     assert len(record.cases) == len(QUICK)
+
+
+FAILING = ("BN1d", "GN", "LN", "RMS")
+
+
+def test_on_a_gpu_what_fails_is_left_out_and_the_rest_is_kept(small, monkeypatch):
+    chosen = [case for case in SMALL if (case.dtype, case.layout) == ("f32", "") and case.family.name in FAILING]
+    tried = []
+
+    def measure(case, seconds, device, others):
+        tried.append((case.family.name, list(others)))
+        if case.family.name == "GN" or (case.family.name == "LN" and "liger" in others):
+            raise ProofError(f"{case.family.name} is wrong", cure="none")
+        return case.name
+
+    def liger(family):
+        if family.name == "RMS":
+            raise ImportError("no transformers\nat all")
+        return family.plain if family.name == "LN" else None
+
+    def compile_eager(case, device):
+        if case.family.name == "BN1d":
+            raise RuntimeError("no kernel")
+        return case.family.eager
+
+    monkeypatch.setattr(small, "COMPILED", [case.name for case in SMALL])
+    monkeypatch.setattr(small, "SUITE", chosen)
+    monkeypatch.setattr(small, "on_gpu", lambda case, _: case)
+    monkeypatch.setattr(small, "liger", liger)
+    monkeypatch.setattr(suite, "measure", measure)
+    monkeypatch.setattr(suite, "compile_eager", compile_eager)
+    bench = small._Bench(torch.device("cuda"), len(chosen), lambda *_: None)
+    bench.notes.clear()
+    kept = list(bench.cases(chosen, math.inf, compiles=True))
+    assert kept == [case.name for case in chosen if case.family.name != "GN"]
+    names = {case.family.name: case.name for case in chosen}
+    assert bench.notes == [
+        "torch.compile was not measured: RuntimeError: no kernel",
+        f"{names['GN']}: compiled was not measured: ProofError: GN is wrong",
+        f"{names['GN']} was not measured: ProofError: GN is wrong",
+        f"{names['LN']}: liger was not measured: ProofError: LN is wrong",
+        "liger was not measured: ImportError: no transformers",
+    ]
+    assert ("LN", ["compiled"]) in tried
+
+
+def test_on_a_gpu_a_model_that_fails_is_left_out(small, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(architectures, "measure", fails)
+    bench = small._Bench(torch.device("cuda"), 1, lambda *_: None)
+    assert list(bench.models([(architectures.ARCHITECTURES[0], "contiguous")], math.inf)) == []
+    assert bench.notes[-1] == "MobileNetV2 was not measured: RuntimeError: out of memory"
+    assert triton.missing() is None or bench.notes[0].startswith("the kernels for GPUs were not used: ")
+
+
+def test_on_a_gpu_the_host_runs_ahead_in_the_suite(monkeypatch):
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    cuda = torch.device("cuda")
+    for ahead in (False, True):
+        done.clear()
+        assert timing.clock_of(cuda, ahead=ahead)(lambda: done.append("call"), 2) == 3e-3
+        assert done == ["sleep"] * ahead + ["event", "call", "call", "event", "wait"]
+    assert timing.clock_of(CPU, ahead=True) is timing.wall_clock
 
 
 def test_compiled_cases_have_one_more_alternative(small, monkeypatch):

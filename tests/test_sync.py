@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 import normscope as ns
+from normscope.functional import compiled
+from normscope.nn.syncbatchnorm import synchronized_batch_norm
 from normscope.surgery import freeze, state_hash
 
 WORKER = Path(__file__).with_name("sync_worker.py")
@@ -57,6 +59,59 @@ def test_one_rank_on_a_cpu_which_torchs_own_refuses(tmp_path):
 
 def test_the_reports_are_read():
     assert len(CHECKS) > 15
+
+
+class One:
+    """An exchange of one rank."""
+
+    size = 1
+
+    def gather(self, row):
+        return row[None]
+
+
+STEPS = {
+    "plain": {},
+    "all at once": {"activation": "gelu", "residual": True, "mask": True},
+    "no parameters": {"weight": False, "bias": False, "activation": "relu"},
+    "γ alone": {"bias": False, "residual": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", STEPS)
+def test_the_kernels_in_steps_are_the_kernels_at_once(name, layout, dtype, monkeypatch):
+    """Statistics, apply, sums and gradients apart, as between the messages of several ranks."""
+    given = {"weight": True, "bias": True, "activation": None, "residual": False, "mask": False} | STEPS[name]
+    x, residual, g = (torch.randn(3, 4, 5, 6).to(dtype).contiguous(memory_format=layout) for _ in range(3))
+    x, g = (
+        x + 100 * (dtype == torch.float32),
+        g + 30,
+    )  # most of which is projected out: rounded before, it would be seen
+    tensors = {"x": x, "weight": torch.rand(4) + 0.5, "bias": torch.randn(4), "residual": residual}
+    mask = torch.rand(3, 5, 6) > 0.3 if given["mask"] else None
+    calls = []
+    backend = compiled.backend_of(x)
+    if backend is not None:
+        statistics = backend.statistics
+        monkeypatch.setattr(backend, "statistics", lambda *a: calls.append(1) or statistics(*a))
+
+    def run(function, *args):
+        leaves = {k: t.clone().requires_grad_() for k, t in tensors.items() if k == "x" or given[k]}
+        others = {k: t for k, t in leaves.items() if k != "x"}
+        y = function(*args[:1], leaves["x"], None, None, *args[1:], mask=mask, activation=given["activation"], **others)
+        return [y, *torch.autograd.grad(y, list(leaves.values()), g)]
+
+    mine = run(synchronized_batch_norm, One())
+    peer = run(lambda *a, **k: ns.functional.batch_norm(*a, training=True, **k))
+    assert len(calls) == (backend is not None)
+    for a, b in zip(mine, peer, strict=True):
+        # float32: some roundings of what is added up; bfloat16: such numbers, each rounded once more.
+        unit, largest = torch.finfo(a.dtype).eps, float(b.detach().abs().max())
+        bound = 32 * unit * (largest + 30) if a.dtype == torch.float32 else unit * largest
+        torch.testing.assert_close(a, b, rtol=0, atol=bound)
+        assert a.stride() == b.stride()
 
 
 # --- alone ------------------------------------------------------------------------------------------------------------

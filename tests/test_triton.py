@@ -1,9 +1,10 @@
 """The GPU kernels: the laws against float64, on a GPU or through Triton's interpreter on the CPU.
 
-`make triton` runs this file by the interpreter; CI does not, because triton and what it needs take 1 GB. How programs
-share a tensor is Python and tested everywhere.
+`make triton` runs this file, by the interpreter where there is no GPU; triton takes 1 GB, so most machines skip it. How
+programs share a tensor is Python and tested everywhere.
 """
 
+import copy
 import importlib
 import math
 import os
@@ -16,6 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_kernels
+import test_sync
+import test_transforms
 import torch
 from cases import CASES, RAGGED_CASES, Case
 from laws import (
@@ -34,10 +37,11 @@ from laws import (
     nan_and_inf_stay_in_their_set,
     other_sets_do_not_matter,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normscope as ns
 from normscope import oracle
-from normscope.functional import view
+from normscope.functional import graph, view
 from normscope.kernels import cpu, triton
 from normscope.kernels.triton import geometry
 
@@ -59,7 +63,6 @@ def _interpreter(monkeypatch):
     """The interpreter without what is slow or wrong in it, none of which a GPU does."""
     if not triton.interpreted() or triton.missing():
         return
-    importlib.import_module("normscope.kernels.triton.launches")  # before triton: it asks for the interpreter
     from triton.runtime import interpreter
 
     patched = set()
@@ -206,9 +209,9 @@ def device():
 @runs
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", test_kernels.STEPS)
-def test_first_and_second_gradients(case, layout):
+def test_first_and_second_gradients(case, layout, monkeypatch):
     with torch.device(device()):
-        test_kernels.test_first_and_second_gradients(None, case, layout)
+        test_kernels.test_first_and_second_gradients(None, case, layout, monkeypatch)
 
 
 @runs
@@ -236,6 +239,23 @@ def test_running_statistics_move_as_torchs():
 
 
 @runs
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", test_sync.STEPS)
+def test_synchronized_layers_take_their_steps(name, layout, tiles, monkeypatch):
+    with torch.device(device()):
+        for dtype in (torch.float32, torch.bfloat16):
+            with monkeypatch.context() as patch:
+                test_sync.test_the_kernels_in_steps_are_the_kernels_at_once(name, layout, dtype, patch)
+
+
+@runs
+@pytest.mark.skipif(ON_GPU, reason="gloo's tensors are those of the CPU")
+def test_two_ranks_share_their_statistics(tmp_path):
+    checks = ("kernels_on_some_ranks",)
+    assert test_sync.torchrun(2, tmp_path, *checks) == [dict.fromkeys(checks, "")] * 2
+
+
+@runs
 def test_the_plan_says_which_kernels_run():
     small, large = (torch.zeros(n, 64, 8, 8, device=device()) for n in (4, 512))
     for x, forward, backward in ((small, 2, 3), (large, 3, 5)):
@@ -249,6 +269,126 @@ def test_tensors_on_two_devices_are_refused():
     x = torch.randn(2, 3, 4, 4, device=device())
     with pytest.raises(ns.ArgumentError, match="same device"):
         ns.normalize(x, "[n] c [h w]", weight=torch.ones(3, device="meta"))
+
+
+# Captured and compiled.
+
+on_gpu = pytest.mark.skipif(triton.missing() is not None or not ON_GPU, reason="needs a GPU and NORMSCOPE_TRITON=on")
+
+
+class Residual(torch.nn.Module):
+    """Resident and split sets, running statistics, a residual, a mask and two activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.batch, self.group = ns.nn.BatchNorm2d(8, activation="relu"), ns.nn.GroupNorm(2, 8, activation="silu")
+        self.cumulative = ns.nn.BatchNorm2d(8, momentum=None)
+
+    def forward(self, x, mask):
+        return self.cumulative(self.group(self.batch(x, residual=x * 2), mask=mask), residual=x)
+
+
+def residual_step(call, module, x, mask, g):
+    y = call(x, mask)
+    return [y.detach(), *torch.autograd.grad(y, (x, *module.parameters()), g)]
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_a_cuda_graph_replays_a_step_with_other_inputs(layout):
+    def draw():
+        x, g = (torch.randn(64, 8, 32, 32, device="cuda").contiguous(memory_format=layout) for _ in range(2))
+        return x, torch.rand(64, 32, 32, device="cuda") > 0.3, g
+
+    module = Residual().cuda()
+    peer = copy.deepcopy(module)
+    x, mask, g = draw()
+    x.requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels are compiled before they can be captured
+        residual_step(module, module, x, mask, g)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = residual_step(module, module, x, mask, g)
+    module.load_state_dict(peer.state_dict())
+    for _ in range(3):
+        inputs = draw()
+        with torch.no_grad():
+            for t, new in zip((x, mask, g), inputs, strict=True):
+                t.copy_(new)
+        graph.replay()
+        expected = residual_step(peer, peer, inputs[0].requires_grad_(), *inputs[1:])
+        for a, b in zip((*found, *module.buffers()), (*expected, *peer.buffers()), strict=True):
+            assert torch.equal(a, b)
+
+
+@on_gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor_calls_these_kernels_on_a_gpu(mode, monkeypatch):
+    monkeypatch.setitem(graph.LEAST_CELLS, "cuda", 1)
+    torch.compiler.reset()
+    module = Residual().cuda()
+    peer = copy.deepcopy(module)
+    call = torch.compile(module, fullgraph=True, mode=mode)
+    for _ in range(3):  # the second call is recorded, the third replayed
+        x, g = (torch.randn(64, 8, 32, 32, device="cuda") for _ in range(2))
+        mask = torch.rand(64, 32, 32, device="cuda") > 0.3
+        found = [t.clone() for t in residual_step(call, module, x.clone().requires_grad_(), mask, g)]
+        expected = residual_step(peer, peer, x.requires_grad_(), mask, g)
+        for a, b in zip((*found, *module.buffers()), (*expected, *peer.buffers()), strict=True):
+            # Sums of 65,536 cells in another order, of numbers below 64.
+            torch.testing.assert_close(a, b, rtol=2**-18, atol=256 * 64 * 2**-24)
+    torch.compiler.reset()
+
+
+@runs
+@pytest.mark.parametrize("name", test_transforms.NODES)
+def test_the_compilers_operators_are_these_kernels(name, monkeypatch):
+    monkeypatch.setitem(graph.LEAST_CELLS, device(), 1)
+    torch.compiler.reset()
+    calls = test_transforms.NODES[name], torch.compile(test_transforms.NODES[name], backend="aot_eager", fullgraph=True)
+    data, g = torch.randn(3, 4, 4, 4, device=device()), None
+    found, ran, forward = [], [], triton.forward
+    for call in calls:
+        x = data.clone().requires_grad_()
+        y = call(x)
+        g = torch.randn_like(y) if g is None else g
+        found.append((y.detach(), *torch.autograd.grad(y, x, g)))
+        monkeypatch.setattr(triton, "forward", lambda *a: ran.append(1) or forward(*a))
+    torch.compiler.reset()
+    assert len(ran) == (name not in ("given moments", "too ragged a scope", "not dense"))
+    # Sums of 48 cells at most, in another order, of numbers below 8.
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=48 * 8 * 2**-24)
+
+
+def test_the_compiler_sees_the_same_operators_on_a_gpu(monkeypatch):
+    """By tensors that only claim to be there."""
+    for name in ("norm", "norm_backward"):
+        for key in ("CPU", "CUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"normscope::{name}", key)
+    monkeypatch.setattr(triton, "missing", lambda: None)
+    assert graph._least_cells("cuda", torch.float64) is None
+    graphs = []
+
+    def compiled(x, weight):
+        torch.compiler.reset()
+        call = torch.compile(
+            lambda x, weight: ns.functional.group_norm(x, 4, weight, activation="relu"),
+            backend=lambda gm, _: graphs.append(gm) or gm, fullgraph=True,
+        )  # fmt: skip
+        return call(x, weight)
+
+    n = triton.LAUNCH.compiled // (8 * 64)
+    with FakeTensorMode():
+        for cells, dtype in ((n, torch.bfloat16), (n - 1, torch.bfloat16), (n, torch.float64)):
+            x = torch.empty(cells, 8, 8, 8, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
+            y = compiled(x, torch.empty(8, device="cuda", dtype=dtype))
+            assert (y.device, y.dtype, y.shape, y.stride()) == (x.device, x.dtype, x.shape, x.stride())
+    torch.compiler.reset()
+    targets = [{node.target for node in gm.graph.nodes} for gm in graphs]
+    assert [torch.ops.normscope.norm.default in found for found in targets] == [True, False, False]
 
 
 @runs

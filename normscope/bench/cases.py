@@ -17,7 +17,7 @@ import normscope as ns
 
 __all__ = [
     "COMPILED", "DTYPES", "FAMILIES", "QUICK", "SUITE", "SWEEP",
-    "Case", "Family", "State", "enlarged", "liger", "select",
+    "Case", "Family", "Norm", "State", "liger", "on_gpu", "select",
 ]  # fmt: skip
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -51,7 +51,7 @@ class Family:
         ours: Ours with the ReLU fused.
         bias: Whether torch's function has one.
         running: Whether there are running statistics.
-        mixed: Whether torch takes float32 parameters for a bfloat16 input.
+        mixed: The devices on which torch takes float32 parameters for a bfloat16 input.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Family:
     channels: int = 1
     bias: bool = True
     running: bool = False
-    mixed: bool = True
+    mixed: tuple[str, ...] = ("cpu",)
 
 
 def _family(name: str, pattern: str, call: Callable[..., Tensor], **options: Any) -> Family:
@@ -110,10 +110,10 @@ def _last(x: Tensor, s: State) -> Tensor:
 FAMILIES = {
     family.name: family
     for family in (
-        _family("BN", "[n] c [h w]", _batch_norm, running=True),
-        _family("BN1d", "[n] c", _batch_norm, running=True),
+        _family("BN", "[n] c [h w]", _batch_norm, running=True, mixed=("cpu", "cuda")),
+        _family("BN1d", "[n] c", _batch_norm, running=True, mixed=("cpu", "cuda")),
         _family("GN", "n (g [c]) [h w]", _group_norm, sizes={"g": 32}),
-        _family("IN", "n c [h w]", _instance_norm),
+        _family("IN", "n c [h w]", _instance_norm, mixed=("cpu", "cuda")),
         _family("LN", "... [c]", _layer_norm, channels=-1),
         Family(
             "LN2d",
@@ -123,7 +123,7 @@ FAMILIES = {
             eager=lambda x, s: _last(x, s).relu_().permute(0, 3, 1, 2),
             ours=lambda x, s: ns.normalize(x, "n [c] h w", weight=s.weight, bias=s.bias, activation="relu"),
         ),
-        _family("RMS", "... [c]", _rms_norm, channels=-1, bias=False, mixed=False),
+        _family("RMS", "... [c]", _rms_norm, channels=-1, bias=False, mixed=()),
     )
 }
 
@@ -137,6 +137,7 @@ class Case:
     dtype: str = "f32"
     layout: str = ""
     part: Literal["suite", "sweep"] = "suite"
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -152,7 +153,7 @@ class Case:
     @property
     def params(self) -> str:
         """The dtype of weight and bias: float32 wherever torch takes that."""
-        return "f32" if self.family.mixed else self.dtype
+        return "f32" if self.device in self.family.mixed else self.dtype
 
     def tensor(self, generator: torch.Generator, *, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         """A random tensor of this case's shape, dtype, layout and device."""
@@ -228,10 +229,10 @@ COMPILED = (
 )
 
 
-def enlarged(case: Case, least: int) -> Case:
-    """The case with so many more samples, times a power of two, that x has at least some bytes."""
-    times = 1 << max(0, math.ceil(math.log2(least / case.size)))
-    return replace(case, shape=(case.shape[0] * times, *case.shape[1:]))
+def on_gpu(case: Case, least: int) -> Case:
+    """The case on a GPU; one of the suite with so many more samples, times a power of two, that x has some bytes."""
+    times = 1 << max(0, math.ceil(math.log2(least / case.size))) if case.part == "suite" else 1
+    return replace(case, shape=(case.shape[0] * times, *case.shape[1:]), device="cuda")
 
 
 def liger(family: Family) -> Norm | None:

@@ -13,7 +13,7 @@ import torch
 import normscope as ns
 from normscope.bench import architectures, suite, timing
 from normscope.bench.architectures import ARCHITECTURES, LAYOUTS, Architecture
-from normscope.bench.cases import COMPILED, QUICK, SUITE, SWEEP, Case, Norm, enlarged, select
+from normscope.bench.cases import COMPILED, QUICK, SUITE, SWEEP, Case, Norm, liger, on_gpu, select
 from normscope.bench.targets import judge, judge_gpu
 from normscope.errors import ArgumentError, ProofError
 from normscope.records import Benchmark, Machine, ModelSpeed, NormSpeed
@@ -65,7 +65,7 @@ def run(settings: Settings, *, command: str = "", tell: Tell = lambda *_: None) 
 
     Raises:
         ArgumentError: Nothing has such a name, or there is no such device.
-        ProofError: A result is wrong.
+        ProofError: A result is wrong; on a GPU that is a note, like whatever else fails there.
     """
     started, start = datetime.now(timezone.utc), time.perf_counter()
     device = _device(settings.device)
@@ -110,8 +110,8 @@ def _chosen(settings: Settings) -> tuple[list[Case], list[tuple[Architecture, st
 
 def _table(device: str) -> Mapping[str, Case]:
     """The cases of a device, by their names on a CPU."""
-    larger = {case.name: enlarged(case, GPU_BYTES) for case in SUITE} if device == "cuda" else {}
-    return {case.name: larger.get(case.name, case) for case in (*SUITE, *SWEEP)}
+    cases = *SUITE, *SWEEP
+    return {case.name: on_gpu(case, GPU_BYTES) if device == "cuda" else case for case in cases}
 
 
 class _Bench:
@@ -119,7 +119,10 @@ class _Bench:
 
     def __init__(self, device: torch.device, total: int, tell: Tell) -> None:
         self.device = device
+        self._on_gpu = device.type == "cuda"
         self.notes: list[str] = []
+        if self._on_gpu and not (kernels := ns.backends().named("triton")).usable:
+            self.notes.append(f"the kernels for GPUs were not used: {kernels.reason}")
         self._late: list[str] = []
         self._tell = tell
         self._done, self._total = 0, total
@@ -132,21 +135,47 @@ class _Bench:
         for k, case in enumerate(chosen):
             if not self._begin(case.name, end):
                 continue
-            compiled = None
+            others: dict[str, Norm] = {}
             if case in to_compile:
                 before = time.perf_counter()
-                compiled = self._compiled(case)
+                others |= self._other("compiled", case, lambda case: suite.compile_eager(case, self.device))
                 reserve = max(reserve, time.perf_counter() - before)
-                to_compile = to_compile[1:] if compiled else []
+                # On a CPU it is most often the C++ compiler that is missing, for all cases.
+                to_compile = to_compile[1:] if others or self._on_gpu else []
+            if self._on_gpu:
+                others |= self._other("liger", case, lambda case: liger(case.family))
             left = end - time.perf_counter() - reserve * len(to_compile)
-            yield suite.measure(case, min(CASE_SECONDS, left / (len(chosen) - k)), self.device, compiled)
+            measured = self._measured(case, min(CASE_SECONDS, left / (len(chosen) - k)), others)
+            if measured is not None:
+                yield measured
 
-    def _compiled(self, case: Case) -> Norm | None:
+    def _other(self, name: str, case: Case, build: Callable[[Case], Norm | None]) -> dict[str, Norm]:
+        """One more alternative, if there is one; whatever a compiler or a library raises is a note."""
         try:
-            return suite.compile_eager(case, self.device)
-        except Exception as error:  # whatever the compiler's front, middle or back end raises; most often: no compiler
-            self.notes.append(f"torch.compile was not measured: {type(error).__name__}: {str(error).splitlines()[0]}")
-            return None
+            norm = build(case)
+        except Exception as error:
+            self._leave_out("torch.compile" if name == "compiled" else name, error)
+            return {}
+        return {} if norm is None else {name: norm}
+
+    def _measured(self, case: Case, seconds: float, others: dict[str, Norm]) -> NormSpeed | None:
+        """A case; one of the others that fails is left out, and on a GPU the case itself."""
+        while True:
+            try:
+                return suite.measure(case, seconds, self.device, others)
+            except Exception as error:
+                if not (others or self._on_gpu):
+                    raise
+                last = others.popitem()[0] if others else None
+                self._leave_out(case.name if last is None else f"{case.name}: {last}", error)
+                if last is None:
+                    return None
+
+    def _leave_out(self, what: str, error: Exception) -> None:
+        reason, _, _ = str(error).partition("\n")
+        note = f"{what} was not measured: {type(error).__name__}: {reason}"
+        if note not in self.notes:
+            self.notes.append(note)
 
     def models(self, chosen: Sequence[tuple[Architecture, str]], end: float) -> Iterator[ModelSpeed]:
         """Every architecture in every layout."""
@@ -159,6 +188,10 @@ class _Bench:
                 yield architectures.measure(architecture, layout, seconds, self.device)
             except ProofError as error:  # it was left as it is, so there is nothing to time
                 self.notes.append(f"{name}: not accelerated: {error.sentence}")
+            except Exception as error:
+                if not self._on_gpu:
+                    raise
+                self._leave_out(name, error)
 
     def _begin(self, name: str, end: float) -> bool:
         self._tell(self._done, self._total, name)

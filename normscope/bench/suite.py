@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import normscope as ns
-from normscope.bench.cases import Case, Norm, State, liger
+from normscope.bench.cases import Case, Norm, State
 from normscope.bench.check import check, gradients
 from normscope.bench.timing import Call, clock_of, interleave
 from normscope.records import NormSpeed, Timing
@@ -32,25 +32,24 @@ WORKING_SET = 4 << 20
 MOST_PAIRS = 256
 
 
-def measure(case: Case, seconds: float, device: torch.device, compiled: Norm | None = None) -> NormSpeed:
+def measure(case: Case, seconds: float, device: torch.device, others: Mapping[str, Norm] | None = None) -> NormSpeed:
     """Check a case and time its alternatives.
 
     Args:
         case: What to time.
         seconds: For the check and the loop, which gets at least a fifth of it.
         device: Where.
-        compiled: torch.compile of the eager form, as one more alternative.
+        others: More alternatives by name: "compiled", "liger".
     """
     start = time.perf_counter()
     generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()))
     pairs = list(_pairs(case, generator))
-    others = {"compiled": compiled, "liger": liger(case.family) if device.type == "cuda" else None}
-    norms = {"ours": case.family.ours, "eager": case.family.eager} | {n: f for n, f in others.items() if f is not None}
+    norms = {"ours": case.family.ours, "eager": case.family.eager, **(others or {})}
     states = {name: case.state(generator.manual_seed(0), training=True) for name in norms}
     error = check(case, *pairs[0], norms, states)
     alternatives = dict(_alternatives(case, pairs, norms, states, case.state(generator, training=False)))
     left = max(seconds / 5, seconds - (time.perf_counter() - start))
-    rounds = interleave(alternatives, left, clock_of(device))
+    rounds = interleave(alternatives, left, clock_of(device, ahead=case.part == "suite"))
     plan = ns.plan(pairs[0][0].detach(), case.family.pattern, **case.family.sizes)
     return NormSpeed(
         name=case.name,
@@ -70,7 +69,7 @@ def measure(case: Case, seconds: float, device: torch.device, compiled: Norm | N
         speedup=rounds.ratio("eager", "ours"),
         eval_share=rounds.ratio("clone", "ours, eval"),
         eval_speedup=rounds.ratio("eager, eval", "ours, eval"),
-        compiled=rounds.ratio("compiled", "ours") if compiled else None,
+        compiled=rounds.ratio("compiled", "ours") if "compiled" in norms else None,
         error=error,
         rounds=rounds.count,
         dropped=rounds.dropped,

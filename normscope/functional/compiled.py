@@ -22,7 +22,10 @@ from normscope.functional.view import View, view_of
 from normscope.kernels import COMPUTE_DTYPE, cpu, triton
 from normscope.kernels.formula import Formula
 
-__all__ = ["Recipe", "Saved", "backend_of", "backward", "forward", "layout_of", "learns", "normalize", "recipe_of"]
+__all__ = [
+    "Recipe", "Saved", "Steps",
+    "backend_of", "backward", "forward", "layout_of", "learns", "normalize", "recipe_of",
+]  # fmt: skip
 
 _UNTRACKED = Running(None, None, 0.0)
 _KEPT = 64  # recipes per view; a view is one shape, so more means strides that never come back
@@ -62,6 +65,14 @@ class Recipe(NamedTuple):
         if len(self.layout.sets) <= 1 and t.numel() == self.layout.set_count:
             return t
         return cpu.flat(t.detach(), self.view.sizes, self.layout.sets)
+
+    def dense(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
+        """A mask that broadcasts through the parts, with a number for every cell, in x's memory format."""
+        if mask is None:
+            return None
+        dense = torch.empty_like(x, dtype=torch.bool)
+        self.view.unfold(dense).copy_(mask)
+        return dense
 
     def moments(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance, size one in the averaged parts."""
@@ -162,10 +173,7 @@ def normalize(
 
     Running statistics, of which `Recipe.tracks` must hold, are moved.
     """
-    if mask is not None:
-        dense = torch.empty_like(x, dtype=torch.bool)
-        recipe.view.unfold(dense).copy_(mask)
-        mask = dense
+    mask = recipe.dense(mask, x)
     weight, bias = recipe.ordered(weight), recipe.ordered(bias)
     if mean is not None and var is not None:
         mean, var = recipe.given(mean), recipe.given(var)
@@ -242,6 +250,68 @@ def backward(recipe: Recipe, gy: Tensor, saved: Saved, fixed: bool, needs: Seque
         for d, t, needed in ((g.weight, weight, needs[1]), (g.bias, bias, needs[2]))
     )
     return cpu.Gradients(g.x, dweight, dbias, g.residual)
+
+
+class Steps:
+    """The steps of one normalization for sets that reach beyond this process, weight and bias one number per set.
+
+    Args:
+        recipe: How.
+        x: Normalized.
+        weight: γ, or None.
+        bias: β, or None.
+        residual: Of x's shape, or None.
+        mask: Broadcasts through the parts, or None.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        self.recipe, self.x = recipe, x
+        self.weight, self.bias = (None if t is None else _numbers(t.reshape(-1), x) for t in (weight, bias))
+        self.residual = _like(residual, x)
+        self.mask = recipe.dense(mask, x)
+
+    def statistics(self) -> Tensor:
+        """Of the cells that are here: high, low, variance, 1/√(σ² + ε) and count, a row each."""
+        r = self.recipe
+        found: Tensor = r.backend.statistics(self.x, r.layout, r.formula, self.mask)
+        return found
+
+    def apply(self, statistics: Tensor) -> Tensor:
+        """y."""
+        r = self.recipe
+        y: Tensor = r.backend.apply(
+            self.x, r.layout, r.formula, self.weight, self.bias, self.residual, self.mask, statistics
+        )
+        return y
+
+    def sums(self, gy: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ g·x̂ and Σ g over the cells of every set that are here, g the gradient of z."""
+        r, ones = self.recipe, torch.ones_like(statistics[0])
+        weight, bias = (ones if self.weight is None else self.weight), (ones * 0 if self.bias is None else self.bias)
+        found = r.backend.backward(
+            _like(gy, self.x), self.x, r.layout, r.formula, weight, bias, self.residual, None, self.mask, statistics,
+            fixed=True, needs_x=False, needs_params=True, needs_residual=False,
+        )  # fmt: skip
+        return found.weight, found.bias
+
+    def gradients(
+        self, gy: Tensor, statistics: Tensor, slope: Tensor, needs_residual: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Those of x, γ·g/√(σ² + ε) + (x − high)·b + c with b and c of every set in slope, and of the residual."""
+        r = self.recipe
+        found: tuple[Tensor, Tensor | None] = r.backend.backward_apply(
+            _like(gy, self.x), self.x, r.layout, r.formula, self.weight, self.bias, self.residual, self.mask,
+            statistics, slope, needs_residual=needs_residual,
+        )  # fmt: skip
+        return found
 
 
 class _Compiled(torch.autograd.Function):

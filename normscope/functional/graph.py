@@ -1,7 +1,8 @@
 """The compiled kernels in a compiler's graph: one operator forward, one backward, nothing mutated.
 
 What torch.compile makes of the formula itself takes 11 to 19 times as long as these kernels on a CPU, and longer than
-eager torch (docs/benchmarks.md). Exported programs keep torch's own operators, so that a reader needs no normscope.
+eager torch (docs/benchmarks.md). On a GPU it fuses the formula with its neighbours, but reads x once more than these
+kernels. Exported programs keep torch's own operators, so that a reader needs no normscope.
 """
 
 from __future__ import annotations
@@ -17,35 +18,39 @@ from normscope.functional import compiled
 from normscope.functional.autograd import Operands, normalize_parts
 from normscope.functional.compiled import Saved
 from normscope.functional.view import View, view_of
-from normscope.kernels import COMPUTE_DTYPE, cpu
+from normscope.kernels import COMPUTE_DTYPE, cpu, triton
 from normscope.kernels.formula import Formula
 
 __all__ = ["normalize", "serves"]
 
-# Below it what surrounds the operators in Python costs more than the compiler's loops lose. A step of BatchNorm with a
-# ReLU apart: 770 µs against 560 at 2¹⁵ cells, 2320 against 2270 at 2¹⁸, 7600 against 8200 at 2²⁰.
-LEAST_CELLS = 1 << 17
+# By device, the cells below which the compiler's loops serve. On a CPU what surrounds the operators in Python costs
+# more than they gain there. A step of BatchNorm with a ReLU apart: 770 µs against 560 at 2¹⁵ cells, 2320 against 2270
+# at 2¹⁸, 7600 against 8200 at 2²⁰. On a GPU see `Launch.compiled`.
+LEAST_CELLS = {"cpu": 1 << 17, "cuda": triton.LAUNCH.compiled}
 
 
-def _usable() -> bool:
-    return cpu.missing() is None
+def _least_cells(device: str, dtype: torch.dtype) -> int | None:
+    """Cells from which on a tensor becomes an operator; None where no compiled kernels serve it."""
+    backend: Any = {"cpu": cpu, "cuda": triton}.get(device)
+    if backend is None or dtype not in backend.DTYPES or backend.missing() is not None:
+        return None
+    return LEAST_CELLS[device]
 
 
-_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_least_cells._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves(x: Tensor, mean: Tensor | None, var: Tensor | None) -> bool:
-    """Whether a normalization becomes an operator here: under torch.compile, on a CPU, large enough."""
-    return (
-        torch.compiler.is_dynamo_compiling()
-        and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()
-        and x.device.type == "cpu"
-        and x.dtype in cpu.DTYPES
-        and x.numel() >= LEAST_CELLS
-        and not compiled.learns(mean, var)
-        and _usable()
-    )
+    """Whether a normalization becomes an operator here: under torch.compile, on a device with kernels, large enough."""
+    if (
+        not torch.compiler.is_dynamo_compiling()
+        or torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or compiled.learns(mean, var)
+    ):
+        return False
+    least = _least_cells(x.device.type, x.dtype)
+    return least is not None and x.numel() >= least
 
 
 def normalize(
@@ -126,7 +131,7 @@ def _forward(*call: Any) -> tuple[Tensor, Tensor, Tensor]:
     r = c.recipe
     if r is None:
         z, mean, var = c.operators(c.x, c.weight, c.bias, c.residual)
-        y, statistics = torch.empty_like(c.x).copy_(z), torch.zeros(5, sets, dtype=COMPUTE_DTYPE[x.dtype])
+        y, statistics = torch.empty_like(c.x).copy_(z), x.new_zeros((5, sets), dtype=COMPUTE_DTYPE[x.dtype])
     else:
         weight, bias = r.ordered(weight), r.ordered(bias)
         mean, var = (None if t is None else r.given(t) for t in (mean, var))
@@ -184,8 +189,9 @@ def _gradient(ctx: Any, gy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     return tuple(found)
 
 
-_library.impl("norm", _forward, "CPU")  # type: ignore[no-untyped-call]
-_library.impl("norm_backward", _backward, "CPU")  # type: ignore[no-untyped-call]
+for _device in ("CPU", "CUDA"):
+    _library.impl("norm", _forward, _device)  # type: ignore[no-untyped-call]
+    _library.impl("norm_backward", _backward, _device)  # type: ignore[no-untyped-call]
 torch.library.register_fake("normscope::norm", _sizes_forward, lib=_library)
 torch.library.register_fake("normscope::norm_backward", _sizes_backward, lib=_library)
 torch.library.register_autograd("normscope::norm", _gradient, setup_context=_keep, lib=_library)

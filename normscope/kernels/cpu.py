@@ -25,8 +25,10 @@ __all__ = [
     "Door",
     "Layout",
     "Loops",
+    "apply",
     "autograd_missing",
     "backward",
+    "backward_apply",
     "door",
     "flat",
     "forward",
@@ -38,6 +40,7 @@ __all__ = [
     "passes",
     "recipe",
     "serves",
+    "statistics",
     "unflat",
     "update",
 ]
@@ -367,6 +370,59 @@ def backward(
         _flags(formula, fixed),
     )  # fmt: skip
     return Gradients(dx, dweight, dbias, dresidual)
+
+
+# The steps by themselves, for sets that reach beyond this process.
+
+
+def statistics(x: Tensor, layout: Layout, formula: Formula, mask: Tensor | None) -> Tensor:
+    """The five rows of `forward`; its y is written and dropped."""
+    return forward(x, layout, formula, None, None, None, mask, None, None)[1]
+
+
+def apply(
+    x: Tensor,
+    layout: Layout,
+    formula: Formula,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor,
+) -> Tensor:
+    """y by statistics that are known; parameters, if any, one number per set."""
+    high, low, var, rstd, _ = statistics
+    shift = -low * rstd if weight is None else -low * rstd * weight  # a given mean is one number
+    bias = shift if bias is None else bias + shift
+    return forward(x, layout, formula, weight, bias, residual, mask, high, var)[0]
+
+
+def backward_apply(
+    gy: Tensor,
+    x: Tensor,
+    layout: Layout,
+    formula: Formula,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor,
+    slope: Tensor,
+    *,
+    needs_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """γ·g/√(σ² + ε) + (x − high)·b + c, slope holding b and c of every set, and g, the gradient of the residual.
+
+    The library does it in two steps; what lies between them must not be rounded to a narrow dtype.
+    """
+    gy, x, residual = (None if t is None else t.to(COMPUTE_DTYPE[t.dtype]) for t in (gy, x, residual))  # type: ignore[assignment]
+    first = backward(
+        gy, x, layout, formula, weight, bias, residual, None, mask, statistics,
+        fixed=True, needs_x=True, needs_params=False, needs_residual=needs_residual,
+    )  # fmt: skip
+    line = formula._replace(scale=False, activation=None)
+    high, _, var, *_ = statistics
+    return forward(x, layout, line, slope[0], slope[1], first.x, mask, high, var)[0], first.residual
 
 
 def update(

@@ -6,18 +6,23 @@ formula:
     m = Σ m_r,   μ = Σ m_r μ_r / m,   M = Σ (M_r + m_r (μ_r − μ)²),   σ² = M / m
 
 so that ranks count by their cells, however uneven, masked or empty, and all of them hold the same bits. The backward
-adds up the two sums of the gradient, in a second message.
+adds up the two sums of the gradient, in a second message. What lies between the messages is computed by the compiled
+kernels where they serve, else by torch's operators, and one rank need not do as the others.
 """
 
 from __future__ import annotations
 
 from abc import ABCMeta
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from normscope.errors import ArgumentError, ShapeError
+from normscope.functional import compiled
+from normscope.functional.autograd import is_plain
+from normscope.functional.compiled import Recipe, Steps
 from normscope.functional.core import View, check_activation, check_dtype, view_of
 from normscope.functional.running import update_running
 from normscope.kernels import COMPUTE_DTYPE, eager
@@ -181,12 +186,14 @@ def synchronized_batch_norm(
                 shape=view.shape,
                 cure="num_features of the layer must be the channels (axis 1) of its input",
             )
-    how = _How(exchange, view, Formula(view.scope.inside, eps, activation=activation))
+    formula = Formula(view.scope.inside, eps, activation=activation)
+    recipe = compiled.recipe_of(input, view, formula, True, None, None) if is_plain() else None
+    how = _How(exchange, view, formula, recipe)
     weight, bias = (None if t is None else view.param(t) for t in (weight, bias))
     operands = _Operands(input, weight, bias, view.residual(residual), view.mask(mask, view.params))
     if torch.compiler.is_compiling():
         o = operands.computed()
-        pool, stats = _statistics(how, o)
+        pool, stats = _statistics(how, _moments(how, o), o.x.dtype)
         y = eager.apply(o.x, stats, how.formula, o.weight, o.bias, o.residual, o.mask, own=False).to(input.dtype)
     else:
         y, *pool = _Synchronized.apply(how, *operands)  # type: ignore[no-untyped-call]
@@ -198,6 +205,7 @@ class _How(NamedTuple):
     exchange: Exchange
     view: View
     formula: Formula
+    recipe: Recipe | None
 
 
 class _Operands(NamedTuple):
@@ -234,26 +242,37 @@ class _Pool(NamedTuple):
     var: Tensor
 
 
-def _statistics(how: _How, o: _Operands) -> tuple[_Pool, eager.Statistics]:
-    """The moments over all ranks; one message; differentiable."""
+def _moments(how: _How, o: _Operands) -> tuple[Tensor, ...]:
+    """Count, mean and variance of this rank's cells, (C,), float64; differentiable."""
     own = eager.statistics(o.x, how.formula, o.mask)
     mean = own.high.double() + (0.0 if own.low is None else own.low.double())
     if o.mask is None:
         count = torch.full_like(mean, how.view.cells)
     else:
         count = o.mask.expand(o.x.shape).sum(how.formula.inside, keepdim=True).double()
-    row = torch.cat([count, mean, own.var.double() * count]).reshape(-1)
+    return tuple(t.reshape(-1) for t in (count, mean, own.var.double()))
+
+
+def _statistics(how: _How, own: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[_Pool, eager.Statistics]:
+    """The moments over all ranks from those of each; one message; differentiable."""
+    count, mean, var = own
+    row = torch.cat([count, mean, var * count])
     counts, means, squares = how.exchange.gather(row).reshape(how.exchange.size, 3, -1).unbind(1)
     total = counts.sum(0)
     kept = total.clamp(min=1)
     mean = (counts * means).sum(0) / kept
     var = (squares + counts * (means - mean).square()).sum(0) / kept
-    pool = _Pool(count.reshape(-1).clamp(min=1) / kept, total, mean, var)
-    dtype = o.x.dtype
+    pool = _Pool(count.clamp(min=1) / kept, total, mean, var)
     high = mean.detach().to(dtype)
     low = (mean - high.double()).to(dtype)
     high, low, var = (how.view.param(t) for t in (high, low, var.to(dtype)))
     return pool, eager.of_moments(high, low, var, how.formula)
+
+
+def _shared(how: _How, set_g: Tensor, set_gx: Tensor, share: Tensor) -> Tensor:
+    """Both sums of every channel over all ranks, (2, C): divided by this rank's cells, the means; one message."""
+    row = torch.cat([set_g, set_gx]).double().reshape(-1)
+    return (how.exchange.gather(row).sum(0).reshape(2, -1) * share).to(set_g.dtype)
 
 
 class _Synchronized(torch.autograd.Function):
@@ -262,11 +281,21 @@ class _Synchronized(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, how: _How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         operands = _Operands(*tensors)  # type: ignore[arg-type]
-        o = operands.computed()
-        pool, stats = _statistics(how, o)
-        y = eager.apply(o.x, stats, how.formula, o.weight, o.bias, o.residual, o.mask, own=True)
+        if how.recipe is None:
+            o = operands.computed()
+            pool, stats = _statistics(how, _moments(how, o), o.x.dtype)
+            y = eager.apply(o.x, stats, how.formula, o.weight, o.bias, o.residual, o.mask, own=True)
+            kept: tuple[Tensor | None, ...] = stats
+        else:
+            steps = Steps(how.recipe, *operands)
+            own = steps.statistics()
+            high, low, var, _, count = own.double()
+            pool, stats = _statistics(how, (count, high + low, var), own.dtype)
+            rows = torch.stack([*(t.reshape(-1) for t in stats if t is not None), own[4].clamp(min=1)])
+            y = steps.apply(rows)
+            kept = (rows,)
         ctx.how = how
-        ctx.save_for_backward(*operands, *stats, pool.share)
+        ctx.save_for_backward(*operands, *kept, pool.share)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*pool)
         return y.to(operands.x.dtype), *pool
@@ -274,32 +303,56 @@ class _Synchronized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *saved, share = ctx.saved_tensors  # unpacked once: checkpoints allow no more
-        operands, stats = _Operands(*saved[:5]), eager.Statistics(*saved[5:])
-        o = operands.computed()
+        operands = _Operands(*saved[:5])
         # An output that nobody used is no reason to leave the other ranks waiting.
-        gy = torch.zeros_like(o.x) if grads[0] is None else grads[0].to(o.x.dtype)
-        if torch.is_grad_enabled():  # create_graph: the statistics must be functions of x again
-            stats = _statistics(ctx.how, o)[1]
-        dx, dweight, dbias, dresidual = _backward(ctx.how, o, stats, share, gy, needs_x=ctx.needs_input_grad[1])
-        gradients = (dx, dweight, dbias, dresidual if ctx.needs_input_grad[4] else None)
-        return None, *(None if g is None else g.to(t.dtype) for g, t in zip(gradients, operands[:4], strict=True)), None  # type: ignore[union-attr]
+        gy = torch.zeros_like(operands.x) if grads[0] is None else grads[0]
+        needs_x, needs_residual = ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+        if ctx.how.recipe is None or torch.is_grad_enabled():
+            found = _backward(ctx.how, operands.computed(), saved[5:], share, gy, needs_x)
+        else:
+            steps = Steps(ctx.how.recipe, *operands)
+            found = _compiled_backward(ctx.how, steps, saved[5], share, gy, needs_x, needs_residual)
+        gradients = (*found[:3], found[3] if needs_residual else None)
+        shaped = (
+            None if g is None or t is None else g.reshape(t.shape).to(t.dtype)
+            for g, t in zip(gradients, operands[:4], strict=True)
+        )
+        return None, *shaped, None
 
 
 def _backward(
-    how: _How, o: _Operands, stats: eager.Statistics, share: Tensor, gy: Tensor, *, needs_x: bool
+    how: _How, o: _Operands, stats: Sequence[Tensor], share: Tensor, gy: Tensor, needs_x: bool
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, γ, β and the residual; one message, if x needs one."""
+    """The gradients of x, γ, β and the residual in torch's operators; one message, if x needs one."""
     own = not torch.is_grad_enabled()
-    gz, sums = eager.backward_reduce(gy, o.x, stats, how.formula, o.weight, o.bias, o.residual, o.mask, own)
+    gy = gy.to(o.x.dtype)
+    # Under create_graph the statistics must be functions of x again, which takes a message more.
+    s = eager.Statistics(*stats) if own else _statistics(how, _moments(how, o), o.x.dtype)[1]
+    gz, sums = eager.backward_reduce(gy, o.x, s, how.formula, o.weight, o.bias, o.residual, o.mask, own)
     dx = None
     if needs_x:
-        row = torch.cat([sums.set_g, sums.set_gx]).double().reshape(-1)
-        # Divided by this rank's cells, they give the means over all ranks.
-        both = how.exchange.gather(row).sum(0).reshape(2, -1) * share
-        set_g, set_gx = (how.view.param(t) for t in both.to(gz.dtype))
+        set_g, set_gx = (how.view.param(t) for t in _shared(how, sums.set_g, sums.set_gx, share))
         sums = sums._replace(set_g=set_g, set_gx=set_gx)
-        dx = eager.backward_apply(sums, stats, how.formula, o.weight, o.mask, fixed=False, own=own)
+        dx = eager.backward_apply(sums, s, how.formula, o.weight, o.mask, fixed=False, own=own)
     return dx, sums.weight, sums.bias, gz
+
+
+def _compiled_backward(
+    how: _How, steps: Steps, rows: Tensor, share: Tensor, gy: Tensor, needs_x: bool, needs_residual: bool
+) -> tuple[Tensor | None, ...]:
+    """The same by the compiled kernels, from what `Steps.statistics` told, completed by the other ranks."""
+    dweight, dbias = steps.sums(gy, rows)
+    slope = torch.zeros_like(rows[:2])
+    if needs_x:
+        weight = 1.0 if steps.weight is None else steps.weight
+        set_g, set_gx = _shared(how, weight * dbias, weight * dweight, share)
+        _, low, _, rstd, count = rows
+        b = -set_gx * rstd * rstd / count
+        slope = torch.stack([b, -set_g * rstd / count - b * low])
+    elif not needs_residual:
+        return None, dweight, dbias, None
+    dx, dresidual = steps.gradients(gy, rows, slope, needs_residual)
+    return dx if needs_x else None, dweight, dbias, dresidual
 
 
 def _track(running: tuple[Tensor | None, Tensor | None], pool: _Pool, momentum: float | Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,12 +19,18 @@ from normscope.kernels import cpu
 from normscope.kernels.cpu import Gradients
 from normscope.kernels.formula import Formula
 from normscope.kernels.triton import geometry
-from normscope.kernels.triton.geometry import Plan, Tile
+from normscope.kernels.triton.geometry import LAUNCH, Plan, Tile
 
-__all__ = ["Layout", "backward", "forward", "interpreted", "layout_of", "missing", "passes", "serves", "update"]
-
+__all__ = [
+    "DTYPES", "LAUNCH",
+    "Layout", "apply", "backward", "backward_apply", "forward", "interpreted", "layout_of", "missing", "passes",
+    "serves", "statistics", "update",
+]  # fmt: skip
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+if os.environ.get("NORMSCOPE_TRITON") == "interpret" and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is imported, which torch's compiler does, too
 
 
 @lru_cache(maxsize=1)
@@ -138,6 +145,53 @@ def backward(
         gy, x, layout, formula, weight, bias, residual, y, mask, statistics, dx, dresidual, fixed, needs_params
     )
     return Gradients(dx, dweight, dbias, dresidual)
+
+
+def statistics(x: Tensor, layout: Layout, formula: Formula, mask: Tensor | None) -> Tensor:
+    """As `cpu.statistics`."""
+    from normscope.kernels.triton import launches
+
+    return launches.statistics(x, layout, formula, mask)
+
+
+def apply(
+    x: Tensor,
+    layout: Layout,
+    formula: Formula,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor,
+) -> Tensor:
+    """As `cpu.apply`."""
+    from normscope.kernels.triton import launches
+
+    return launches.apply(x, layout, formula, weight, bias, residual, mask, statistics)
+
+
+def backward_apply(
+    gy: Tensor,
+    x: Tensor,
+    layout: Layout,
+    formula: Formula,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor,
+    slope: Tensor,
+    *,
+    needs_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `cpu.backward_apply`."""
+    from normscope.kernels.triton import launches
+
+    dx, dresidual = torch.empty_like(x), torch.empty_like(x) if needs_residual else None
+    launches.backward_apply(
+        gy, x, layout, formula, weight, bias, residual, None, mask, statistics, slope, dx, dresidual
+    )
+    return dx, dresidual
 
 
 def update(

@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +24,14 @@ from normscope.kernels.triton.geometry import Plan, Tile
 if TYPE_CHECKING:
     from normscope.kernels.triton import Layout
 
-if interpreted():  # read by Triton when it is imported
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise DependencyError(
-            "triton was imported before normscope could ask for its interpreter",
-            cure="set TRITON_INTERPRET=1 in the environment, too",
-        )
-    os.environ["TRITON_INTERPRET"] = "1"
+if interpreted() and os.environ.get("TRITON_INTERPRET") != "1":
+    raise DependencyError(
+        "triton was imported before normscope could ask for its interpreter",
+        cure="set TRITON_INTERPRET=1 in the environment, too",
+    )
 from normscope.kernels.triton import bodies
 
-__all__ = ["backward", "forward", "update"]
+__all__ = ["apply", "backward", "backward_apply", "forward", "statistics", "update"]
 
 _SETS = 256  # of a program that works on numbers per set
 
@@ -52,47 +50,68 @@ def forward(
     """y and the statistics, see `cpu.forward`."""
     plan, tile, sets = layout.plan, layout.tile, layout.set_count
     _check_devices(x, weight, bias, residual, mask, mean, var)
-    y, statistics = torch.empty_like(x), x.new_empty((5, sets), dtype=torch.float32)
-    tensors = x, residual, mask, y, weight, bias, statistics
-    switches = {
-        "CENTER": formula.center,
-        "ACT": formula.activation,
-        **_axes(tile),
-        **_sizes(tile, x, residual, mask, y),
-    }
-    with _on(x):
-        if tile.resident and mean is None:
-            _launch(
-                bodies.forward_resident, _tiles(plan, tile), tile.warps,
-                *tensors, plan, sets, formula.eps, SCALE=formula.scale, **switches,
-            )  # fmt: skip
-            return y, statistics
-        if mean is None:
-            _moments(x, mask, statistics, layout, formula)
-        else:
-            cells = x.numel() // sets
+    if mean is None and not tile.resident:
+        rows = statistics(x, layout, formula, mask)
+        return apply(x, layout, formula, weight, bias, residual, mask, rows), rows
+    rows = x.new_empty((5, sets), dtype=torch.float32)
+    if mean is not None:
+        with _on(x):
             _launch(
                 bodies.given, -(-sets // _SETS), 4,
-                mean, var, statistics, sets, cells, formula.eps, SCALE=formula.scale, C=_SETS,
+                mean, var, rows, sets, x.numel() // sets, formula.eps, SCALE=formula.scale, C=_SETS,
             )  # fmt: skip
-        _launch(bodies.apply, _tiles(plan, tile), tile.warps, *tensors, plan, sets, **switches)
-    return y, statistics
+        return apply(x, layout, formula, weight, bias, residual, mask, rows), rows
+    y = torch.empty_like(x)
+    with _on(x):
+        _launch(
+            bodies.forward_resident, _tiles(plan, tile), tile.warps,
+            x, residual, mask, y, weight, bias, rows, plan, sets, formula.eps,
+            CENTER=formula.center, SCALE=formula.scale, ACT=formula.activation,
+            **_axes(tile), **_sizes(tile, x, residual, mask, y),
+        )  # fmt: skip
+    return y, rows
 
 
-def _moments(x: Tensor, mask: Tensor | None, statistics: Tensor, layout: Layout, formula: Formula) -> None:
+def apply(
+    x: Tensor,
+    layout: Layout,
+    formula: Formula,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor,
+) -> Tensor:
+    """y by statistics that are known; see `cpu.apply`."""
+    plan, tile = layout.plan, layout.tile
+    _check_devices(x, weight, bias, residual, mask, statistics)
+    y = torch.empty_like(x)
+    with _on(x):
+        _launch(
+            bodies.apply, _tiles(plan, tile), tile.warps,
+            x, residual, mask, y, weight, bias, statistics, plan, layout.set_count,
+            CENTER=formula.center, ACT=formula.activation, **_axes(tile), **_sizes(tile, x, residual, mask, y),
+        )  # fmt: skip
+    return y
+
+
+def statistics(x: Tensor, layout: Layout, formula: Formula, mask: Tensor | None) -> Tensor:
+    """The statistics alone; see `cpu.statistics`."""
     plan, tile, sets = layout.plan, layout.tile, layout.set_count
     units = _units(plan, tile)
-    partials = x.new_empty((4, units), dtype=torch.float32)
-    _launch(
-        bodies.partial_moments, plan.tasks * _pieces(plan, tile), tile.warps,
-        x, mask, partials, plan, units, tile.chunk,
-        CENTER=formula.center, ACROSS=tile.across, R=tile.rows, C=tile.columns, ALIGN=_align(tile, x, mask),
-    )  # fmt: skip
+    partials, rows = (x.new_empty((n, m), dtype=torch.float32) for n, m in ((4, units), (5, sets)))
     merging, programs = _merging(plan, tile, sets)
-    _launch(
-        bodies.merge_moments, programs, 8, partials, statistics, plan, units, sets, tile.chunk, formula.eps,
-        CENTER=formula.center, SCALE=formula.scale, **merging,
-    )  # fmt: skip
+    with _on(x):
+        _launch(
+            bodies.partial_moments, plan.tasks * _pieces(plan, tile), tile.warps,
+            x, mask, partials, plan, units, tile.chunk,
+            CENTER=formula.center, ACROSS=tile.across, R=tile.rows, C=tile.columns, ALIGN=_align(tile, x, mask),
+        )  # fmt: skip
+        _launch(
+            bodies.merge_moments, programs, 8, partials, rows, plan, units, sets, tile.chunk, formula.eps,
+            CENTER=formula.center, SCALE=formula.scale, **merging,
+        )  # fmt: skip
+    return rows
 
 
 def backward(
@@ -115,7 +134,8 @@ def backward(
     plan, tile, sets = layout.plan, layout.tile, layout.set_count
     _check_devices(x, gy, weight, bias, residual, y, mask, statistics)
     needs_params = needs_params and (weight is not None or bias is not None)
-    params = x.new_empty((2, _places(plan, tile)), dtype=torch.float32) if needs_params else None
+    places = _places(plan, tile)
+    params = x.new_empty((2, math.prod(places.sizes)), dtype=torch.float32) if needs_params else None
     half = 0 if params is None else params.shape[1]
     tensors = gy, x, residual, y, mask
     switches = {"CENTER": formula.center, "ACT": None if y is not None else formula.activation, **_axes(tile)}
@@ -148,14 +168,40 @@ def backward(
                         CENTER=formula.center, SCALE=formula.scale, **merging,
                     )  # fmt: skip
             if dx is not None or dresidual is not None:
-                _launch(
-                    bodies.backward_apply, _tiles(plan, tile), tile.warps,
-                    *tensors, dx, dresidual, weight, bias, statistics, slope, plan, sets, **switches, **sizes,
-                )  # fmt: skip
+                backward_apply(
+                    gy, x, layout, formula, weight, bias, residual, y, mask, statistics, slope, dx, dresidual
+                )
     if params is None:
         return None, None
-    dweight, dbias = _param_sums(params, plan, tile)
+    dweight, dbias = _param_sums(params, places)
     return None if weight is None else dweight, None if bias is None else dbias
+
+
+def backward_apply(
+    gy: Tensor,
+    x: Tensor,
+    layout: Layout,
+    formula: Formula,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor,
+    slope: Tensor | None,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+) -> None:
+    """Fills dx and dresidual by sums that are known; see `cpu.backward_apply`."""
+    plan, tile = layout.plan, layout.tile
+    tensors = gy, x, residual, y, mask, dx, dresidual
+    with _on(x):
+        _launch(
+            bodies.backward_apply, _tiles(plan, tile), tile.warps,
+            *tensors, weight, bias, statistics, slope, plan, layout.set_count,
+            CENTER=formula.center, ACT=None if y is not None else formula.activation,
+            **_axes(tile), **_sizes(tile, *tensors),
+        )  # fmt: skip
 
 
 def update(
@@ -195,10 +241,23 @@ def _groups(plan: Plan, tile: Tile) -> int:
     return -(-plan.tasks // (tile.tasks * tile.group))
 
 
-def _place_sizes(plan: Plan, tile: Tile) -> tuple[list[int], list[int]]:
-    """The sizes of the partial gradients of weight and bias by place, and how far apart their parameters are."""
-    groups = [_groups(plan, tile)]
-    sizes, steps = groups, [0]
+class _Places(NamedTuple):
+    """Where the partial gradients of weight and bias lie.
+
+    Attributes:
+        sizes: Of the axes of places.
+        summed: Which axes are added up, counted behind that of weight and bias.
+        order: The axes as parameters lie in memory, those summed last.
+    """
+
+    sizes: tuple[int, ...]
+    summed: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def _places(plan: Plan, tile: Tile) -> _Places:
+    sizes, steps = [_groups(plan, tile)], [0]
     if not tile.shared_params:
         sizes = [plan.tasks // (plan.tasks1 * plan.tasks2), plan.tasks1, plan.tasks2]
         steps = [plan.task0_param, plan.task1_param, plan.task2_param]
@@ -212,22 +271,18 @@ def _place_sizes(plan: Plan, tile: Tile) -> tuple[list[int], list[int]]:
         blocks = 1
     else:
         column_sizes, column_steps, blocks = [1], [0], -(-plan.length // tile.columns)
-    return [*sizes, pieces, blocks, *row_sizes, *column_sizes], [*steps, 0, 0, *row_steps, *column_steps]
-
-
-def _places(plan: Plan, tile: Tile) -> int:
-    return math.prod(_place_sizes(plan, tile)[0])
-
-
-def _param_sums(params: Tensor, plan: Plan, tile: Tile) -> Tensor:
-    """The gradients of weight and bias, by parameter, from the partial ones."""
-    sizes, steps = _place_sizes(plan, tile)
+    sizes += [pieces, blocks, *row_sizes, *column_sizes]
+    steps += [0, 0, *row_steps, *column_steps]
     kept = sorted((i for i, step in enumerate(steps) if step and sizes[i] > 1), key=lambda i: -steps[i])
-    dropped = [1 + i for i in range(len(sizes)) if i not in kept]
+    summed = tuple(1 + i for i in range(len(sizes)) if i not in kept)
+    return _Places(tuple(sizes), summed, (0, *(1 + i for i in kept), *summed))
+
+
+def _param_sums(params: Tensor, places: _Places) -> Tensor:
+    """The gradients of weight and bias, by parameter, from the partial ones."""
     # There are few of them, and their errors would be those of the whole sum.
-    sums = params.view(2, *sizes).sum(dropped, keepdim=True, dtype=torch.float64)
-    order = [0, *(1 + i for i in kept), *dropped]
-    return sums.permute(order).reshape(2, -1).float()
+    sums = params.view(2, *places.sizes).sum(places.summed, keepdim=True, dtype=torch.float64)
+    return sums.permute(places.order).reshape(2, -1).float()
 
 
 def _merging(plan: Plan, tile: Tile, sets: int) -> tuple[dict[str, Any], int]:
