@@ -51,7 +51,7 @@ class Scopes(Exact):
         x = torch.randn(N, C, H, W, dtype=torch.float64)
         found: dict[str, float | list[float]] = {
             "counted": [float(_reached(x, scope, sizes)) for scope, sizes, _ in SETS.values()],
-            "fully connected": float(_reached(x[:, :, 0, 0], "[n] c", {})),
+            "fully connected": float(_reached(x[:, :, 0, 0].contiguous(), "[n] c", {})),
             "GN(1) − LN": _differ(x, ("n (g [c]) [h w]", {"g": 1}), ("n [c h w]", {})),
             "GN(C) − IN": _differ(x, ("n (g [c]) [h w]", {"g": C}), ("n c [h w]", {})),
             "alone": float(sum(_alone(x, name) for name in BATCH_FREE)),
