@@ -1,6 +1,6 @@
 """What the edits of models do to the architectures that people use: one table, model × operation × outcome.
 
-python scripts/zoo.py [--select PATTERN …] [--operation NAME …] [--again] [--seconds N] [--write]
+python scripts/zoo.py [--select PATTERN …] [--operation NAME …] [--again] [--pixels N] [--seconds N] [--write]
 
 Models of timm and transformers with random weights, normalizers with statistics far from 0 and 1 and γ of both signs,
 on small inputs; nothing is downloaded. Outcomes go into docs/zoo.json, and what is there is not computed again: the
@@ -11,12 +11,12 @@ sweep can be stopped and taken up, or run in pieces. --write puts the table into
   folded otherwise: before a layer, behind a concatenation or a reshaped output, behind another normalizer. Then the
   largest difference over the largest output, in float64.
 - *convert*: BatchNorm → GroupNorm(1), calibrated on one half of natural pictures (noise, where a model takes none),
-  measured on the other; so many pictures that the old layers' own moments agree between the halves within 5 %, up to a
-  number of pixels. Statistics are those of the pictures, moved by 0.3 σ and by factors of 0.5 to 2. Layers; how far
-  the moments of their outputs are from those of the old layers, in the middle layer: root mean square over the
-  channels of the difference of means in σ or of ln σ, the larger; in parentheses the same between the two halves
-  with the old layers, which is what sampling does; loss, the mean square of what the model's output is off by over
-  its variance, of the swap alone → calibrated.
+  measured on the other; so many pictures that in every layer the old moments agree between the halves within 4 %, up
+  to a number of pixels. Statistics are those of the pictures, moved by 0.3 σ and by factors of 0.5 to 2. Layers; in
+  how many the moments of the output are within 5 % of the old layer's: root mean square over the channels of the
+  difference of means or of σ, the larger, over that of σ; the same in the middle layer, and in parentheses between
+  the two halves with the old layers, which is what sampling does; loss, the mean square of what the model's output is
+  off by over its variance, of the swap alone → calibrated.
 - the others go there and back: *exact* means that output and model were as before, bit for bit.
 
 Pictures are CIFAR-10's, in $NORMSCOPE_DATA.
@@ -49,8 +49,8 @@ from normscope.surgery.forward import feed
 
 RESULTS, PAGE = (Path(__file__).parents[1] / "docs" / name for name in ("zoo.json", "zoo.md"))
 SIZES = (64, 96, 128, 224, 256)
-PICTURES, MOST = 128, 2**22  # in each half: where the search begins, and the pixels at which it ends
-ENOUGH = 0.05  # the halves' own distance that ends it, and what calls moments the same
+PICTURES = 128  # in each half: where the search begins
+ENOUGH, SAME = 0.04, 0.05  # the halves' own distance that ends it, and what calls moments the same
 
 TIMM = (
     "resnet18", "resnet26d", "resnext50_32x4d", "seresnet50", "ecaresnet26t", "skresnet18", "resnest14d",
@@ -356,23 +356,29 @@ def moments(model, names, batch):
 
 
 def apart(old, new):
-    """Root mean square over the channels of the difference of means, in σ, and of that of ln σ; the larger."""
+    """Root mean square over the channels of the difference of means or of σ, the larger, over that of σ."""
+    (m, s), (n, t) = old, new
+    return float(max((n - m).norm(), (t - s).norm()) / s.norm())
+
+
+def apart_by_channel(old, new):
+    """The same by each channel's own σ: of the difference of means, in σ, or of that of ln σ."""
     (m, s), (n, t) = old, new
     alive = (s > 0) & (t > 0)
     return max(float(d[alive].square().mean().sqrt()) for d in ((n - m) / s, (t / s).log()))
 
 
-def enough(model, names, example):
-    """Two halves of so many pictures that the layers' own moments agree between them in the middle layer."""
-    pixels = next(t for t in torch.utils._pytree.tree_leaves(example) if isinstance(t, torch.Tensor))[0, 0].numel()
-    most = MOST // pixels
+def enough(model, names, example, pixels):
+    """Two halves of so many pictures that the layers' own moments agree between them."""
+    first = next(t for t in torch.utils._pytree.tree_leaves(example) if isinstance(t, torch.Tensor))
+    most = pixels // first[0, 0].numel()
     count = min(PICTURES, most)
     perturb(model, halves(example, count)[0])
     while True:
         fitted, held = halves(example, count)
         (there, _), (old, target) = (moments(model, names, half) for half in (fitted, held))
         sampling = {name: apart(old[name], there[name]) for name in old}
-        far = middle(sampling)
+        far = max(sampling.values(), default=0.0)
         if far <= ENOUGH or count >= most:
             return fitted, held, old, target, sampling, count
         count = min(most, 32 * math.ceil(count / 32 * (far / ENOUGH) ** 2 + 0.5))
@@ -380,34 +386,32 @@ def enough(model, names, example):
 
 def middle(distances):
     """That of the middle layer."""
-    return sorted(distances.values())[len(distances) // 2] if distances else 0.0
+    return sorted(distances)[len(distances) // 2] if distances else 0.0
 
 
-def convert(model, example):
+def convert(model, example, pixels):
     """BatchNorm → GroupNorm(1), fitted on one half of the data, measured on the other."""
     names = [f.name for f in find(model) if f.kind == "BatchNorm"]
     if not names:
         return {"outcome": "exact", "changed": 0, "skipped": 0}
-    rules = {"BatchNorm": "GroupNorm(1)"}
-    fitted, held, old, target, sampling, count = enough(model, names, example)
+    fitted, held, old, target, sampling, count = enough(model, names, example, pixels)
     before = state_hash(model)  # some models keep what they compute
-    naive = output(ns.convert(model, rules, example=example, copy=True).model, held)[0]
-    report = ns.convert(model, rules, calibrate=[fitted])
+    report = ns.convert(model, {"BatchNorm": "GroupNorm(1)"}, calibrate=[fitted])
     new, y = moments(report.model, [name for name in report.changed if name in old], held)
+    swapped, _ = report.details["calibration"].output  # nothing was fitted to a half then
+    loss = [swapped**2, float((y - target).square().mean() / target.var())]
     report.undo()
-    distances = {name: apart(old[name], new[name]) for name in new}
-    finite = all(bool(t.isfinite().all()) for t in (naive, y))
+    pairs = [(apart(old[name], new[name]), sampling[name]) for name in new]
     return {
-        "outcome": "exact" if finite and state_hash(model) == before else "WRONG",
+        "outcome": "exact" if all(map(math.isfinite, loss)) and state_hash(model) == before else "WRONG",
         "changed": len(report.changed),
         "skipped": len(report.skipped),
         "pictures": count,
-        "off": middle(distances),
-        "worst": max(distances.values(), default=0.0),
-        "sampling": middle({name: sampling[name] for name in new}),
-        "within": sum(d <= ENOUGH for d in distances.values()),
-        "nearer": sum(d <= max(ENOUGH, sampling[name]) for name, d in distances.items()),
-        "loss": [float((t - target).square().mean() / target.var()) for t in (naive, y)],
+        "middle": [round(middle([pair[k] for pair in pairs]), 4) for k in (0, 1)],
+        "worst": [round(x, 4) for x in max(pairs, default=(0.0, 0.0))],
+        "within": sum(off <= SAME for off, _ in pairs),
+        "by channel": sum(apart_by_channel(old[name], new[name]) <= SAME for name in new),
+        "loss": loss,
         "left": sorted({re.sub(r"\d+", "#", reason) for _, reason in report.skipped}),
     }
 
@@ -445,8 +449,10 @@ def cell(operation, result):
         more = f" + {result['more']}" if result["more"] else ""
         return f"{result['folded']}/{result['behind']}{more}, {result['error']:.0e}" if result["norms"] else "–"
     if operation == "convert" and result["changed"]:
-        off, sampling, (naive, fitted) = result["off"], result["sampling"], result["loss"]
-        return f"{result['changed']}, {100 * off:.0f} ({100 * sampling:.0f}) %, {naive:.2g} → {fitted:.2g}"
+        (naive, fitted), within = result["loss"], f"{result['by channel']}\\*"
+        if "within" in result:
+            within = "{}, {:.0f} ({:.0f}) %".format(result["within"], *(100 * x for x in result["middle"]))
+        return f"{result['changed']}, {within}, {naive:.2g} → {fitted:.2g}"
     return f"exact, {result['changed']}" if result["changed"] else "–"
 
 
@@ -458,14 +464,16 @@ def table(results):
     folds = {n: results[n]["fold"] for n in names if results[n].get("fold", {}).get("outcome") == "exact"}
     behind, folded, more = (sum(f[key] for f in folds.values()) for key in ("behind", "folded", "more"))
     fits = [r for n in names if (r := results[n].get("convert", {})).get("changed")]
+    judged = [r for r in fits if "within" in r]
     wrong = [f"{n} {o}" for n in names for o, r in results[n].items() if r["outcome"] in ("WRONG", "FAILED")]
     head = [
         f"{len(names)} models. Folded: {folded} of {behind} normalizers right behind a layer"
         f" ({100 * folded / max(behind, 1):.1f} %), and {more} others."
         f" Converted: {sum(r['changed'] for r in fits)} in {len(fits)} models, {sum(r['skipped'] for r in fits)} left;"
-        f" moments within 5 % in the middle layer of {sum(r['off'] <= ENOUGH for r in fits)} models, in"
-        f" {sum(r['within'] for r in fits)} layers, and within that or nearer than the two halves are in"
-        f" {sum(r['nearer'] for r in fits)}; loss less than a tenth of the swap's in"
+        f" moments within 5 % in {sum(r['within'] for r in judged)} of {sum(r['changed'] for r in judged)} layers, in"
+        f" the middle one of {sum(r['middle'][0] <= SAME for r in judged)} of {len(judged)} models, in all layers of"
+        f" {sum(r['within'] == r['changed'] for r in judged)}; by each channel's own σ in"
+        f" {sum(r['by channel'] for r in fits)} layers. Loss less than a tenth of the swap's in"
         f" {sum(r['loss'][1] <= 0.1 * r['loss'][0] for r in fits)} models, less than half in"
         f" {sum(r['loss'][1] <= 0.5 * r['loss'][0] for r in fits)}."
         f" Refused: {sum(r['outcome'] == 'refused' for n in names for r in results[n].values())}."
@@ -474,14 +482,16 @@ def table(results):
     why = [f"- {n}: {f['left'][0]}{', …' if f['left'][1:] else ''}" for n, f in folds.items() if f["left"]]
     left = [f"- {n}: {r['left'][0]}" for n in names if (r := results[n].get("convert", {})).get("left")]
     far = [
-        f"- {n}: {100 * r['off']:.0f} %, the halves {100 * r['sampling']:.0f} %, {r['pictures']} pictures each"
+        f"- {n}: {r['changed'] - r['within']} of {r['changed']}, the worst by {100 * off:.0f} %,"
+        f" the halves {100 * sampling:.0f} %, {r['pictures']} pictures each"
         for n in names
-        if (r := results[n].get("convert", {})).get("off", 0) > ENOUGH
+        if (r := results[n].get("convert", {})).get("within", math.inf) < r.get("changed", 0)
+        for off, sampling in [r["worst"]]
     ]
     lists = (
         ("Right behind a layer, and not folded:", why),
         ("Not converted:", left),
-        ("Moments off by more than 5 % in the middle layer:", far),
+        ("Layers whose moments are off by more than 5 %, which `held=` refuses:", far),
     )
     ends = [line for title, lines in lists for line in ("", title, "", *(lines or ["- none"]))]
     return "\n".join([*head, "", *rows, *ends])
@@ -493,9 +503,11 @@ def main():
     parser.add_argument("--select", nargs="*", default=["*"], help="patterns of names, as 'timm res*'")
     parser.add_argument("--operation", nargs="*", default=list(OPERATIONS), choices=list(OPERATIONS))
     parser.add_argument("--again", action="store_true", help="compute what is there, too")
+    parser.add_argument("--pixels", type=int, default=2**21, help="the most in each half of convert's pictures")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further model after that long")
     parser.add_argument("--write", action="store_true", help="put the table into docs/zoo.md")
     given = parser.parse_args()
+    OPERATIONS["convert"] = functools.partial(convert, pixels=given.pixels)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     warnings.simplefilter("ignore")
     end = time.monotonic() + given.seconds

@@ -500,6 +500,42 @@ def test_the_losses_and_outputs_reported_are_those_of_the_models():
     assert any(note.startswith("loss ") for note in report.notes)
 
 
+def test_what_data_held_out_say_of_a_calibration():
+    model, held = net().eval(), [X[8:12], X[12:]]
+    names = ("1", "4", "6")
+    fitted, wanted = before_activation(model, [X[:8]], names), before_activation(model, held, names)
+    mean = lambda y, _: y.square().mean(1)  # noqa: E731
+    with torch.no_grad():
+        losses = [mean(model(X[8:]), None).mean().item()]
+    report = ns.convert(model, {"BatchNorm": "GroupNorm(4)"}, calibrate=[X[:8]], held=held, within=10, loss=mean)
+    found = before_activation(model, held, names)
+    with torch.no_grad():
+        losses.append(mean(model(X[8:]), None).mean().item())
+
+    def off(new, old):
+        return max(np.linalg.norm(a - b) / np.linalg.norm(old[1]) for a, b in zip(new, old, strict=True))
+
+    for name, fit in report.details["calibration"].held.items():
+        # float32 outputs, here stacked in another order.
+        np.testing.assert_allclose(fit.off, off(found[name], wanted[name]), rtol=1e-4)
+        np.testing.assert_allclose(fit.sampling, off(fitted[name], wanted[name]), rtol=1e-4)
+    np.testing.assert_allclose(report.details["calibration"].held_loss, losses, rtol=1e-5)
+    worst = max(off(found[name], wanted[name]) for name in names)
+    assert f"on the data held out, moments are off by {worst:.1%} at most" in report.notes
+
+
+def test_a_calibration_that_data_held_out_do_not_confirm_is_refused():
+    model = net()
+    before = state_hash(model, rng=True)
+    pattern = (
+        r"the data held out moments of [1-3] of 3 layers are off by more than 5%, the worst by \d+%(.|\n)*layer: 6"
+    )
+    with pytest.raises(ns.ProofError, match=pattern):  # 8 samples behind a pooling
+        ns.convert(model, {"BatchNorm": "GroupNorm(4)"}, calibrate=[X[:8]], held=[X[8:]])
+    assert state_hash(model, rng=True) == before
+    ns.convert(model, {"BatchNorm": "GroupNorm(4)"}, calibrate=[X], held=[X])
+
+
 def test_calibration_keeps_children_and_their_activation():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8), nn.Conv2d(8, 8, 3), BatchNormAct2d(8, nn.ReLU()))
     for _ in range(5):
@@ -555,6 +591,15 @@ def test_what_is_not_calibrated_is_said():
         ({"calibrate": [X], "batches": 0}, ns.ArgumentError, "batches must be at least 1"),
         ({"calibrate": [X / 0]}, ns.DataError, "NaN or infinity comes out"),
         ({"calibrate": [X[:, :2]]}, RuntimeError, "expected input"),
+        ({"held": [X]}, ns.ArgumentError, "held= judges a calibration"),
+        ({"calibrate": [X], "held": X}, ns.ArgumentError, "a tensor is one batch"),
+        ({"calibrate": [X], "held": []}, ns.DataError, "the loader is empty"),
+        ({"calibrate": [X], "held": [X], "within": 0}, ns.ArgumentError, "within must be greater than 0"),
+        (
+            {"calibrate": [(X, 9)], "held": [(X, 1)], "forward": lambda m, batch: m[: batch[1]](batch[0])},
+            ns.DataError,
+            "the data held out never reach",
+        ),
         ({"optimizer": 3}, ns.ArgumentError, "int is no optimizer"),
         (
             {"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters()), "copy": True},

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -25,9 +24,23 @@ from normscope.surgery.forward import Forward, feed, quiet
 from normscope.surgery.freeze import is_frozen
 from normscope.surgery.recalibrate import Meter
 
-__all__ = ["Calibration", "LayerFit", "Replaced", "calibrate", "evaluating", "observe", "outputs_of"]
+__all__ = [
+    "Calibration",
+    "HeldFit",
+    "LayerFit",
+    "Observed",
+    "Replaced",
+    "calibrate",
+    "compare",
+    "evaluating",
+    "observe",
+    "outputs_of",
+]
 
 Loss = Callable[[Any, Any], Any]
+
+# Widened to float64 at a time: they stay in the cache, which takes 0.22 of the time of all at once (16.8 million).
+CELLS = 2**17
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +64,12 @@ class Replaced:
 class LayerFit:
     """How far a new layer's output is from the old one's, with no layer's γ and β fitted, and with all.
 
+    Both are root mean squares over the channels, over that of the old σ: a channel that fires for one sample in a
+    thousand has a σ of its own that no data give, and counts here for as much as it carries.
+
     Attributes:
-        mean: Root mean square over the channels of the difference of the means, in standard deviations of the old
-            output; before and after.
-        spread: Root mean square over the channels of ln(new σ/old σ); before and after.
+        mean: Of the difference of the means; before and after.
+        spread: Of the difference of the standard deviations; before and after.
     """
 
     mean: tuple[float, float]
@@ -62,7 +77,20 @@ class LayerFit:
 
     def __str__(self) -> str:
         (m0, m1), (s0, s1) = self.mean, self.spread
-        return f"mean off by {m0:.2f} σ → {m1:.2f} σ, σ by a factor {math.exp(s0):.2f} → {math.exp(s1):.2f}"
+        return f"mean off by {m0:.2f} σ → {m1:.2f} σ, σ by {s0:.0%} → {s1:.0%}"
+
+
+@dataclass(frozen=True, slots=True)
+class HeldFit:
+    """How far a layer is off on data that calibrated nothing; mean or spread as in LayerFit, the larger.
+
+    Attributes:
+        off: The new layer, calibrated, from the old one.
+        sampling: The old layer from itself on the data that calibrated: what the choice of samples does.
+    """
+
+    off: float
+    sampling: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +102,15 @@ class Calibration:
         output: Distance of the model's outputs from those before the conversion, root mean square over their standard
             deviation; before and after the calibration.
         loss: Mean loss of the model before the conversion, before and after the calibration; None without `loss`.
+        held: The fits by layer on data held out; empty without such.
+        held_loss: Mean loss on data held out, before the conversion and after the calibration; None without both.
     """
 
     layers: dict[str, LayerFit]
     output: tuple[float, float]
     loss: tuple[float, float, float] | None
+    held: dict[str, HeldFit] = field(default_factory=dict)
+    held_loss: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +161,26 @@ def calibrate(
         fits[name] = LayerFit((m0, m1), (s0, s1))
     far = (_far(naive.outputs, before.outputs), _far(after.outputs, before.outputs))
     return Calibration(fits, far, None if loss is None else (before.loss, naive.loss, after.loss))
+
+
+def compare(fitted: Observed, old: Observed, new: Observed) -> dict[str, HeldFit]:
+    """How far layers are off on data held out.
+
+    Args:
+        fitted: What the old layers gave on the data that calibrated.
+        old: What they gave on those held out.
+        new: What the new layers give there.
+
+    Raises:
+        DataError: The data held out do not reach a layer.
+    """
+    held = {}
+    for name, here in fitted.moments.items():
+        if name not in old.moments or name not in new.moments:
+            raise DataError("the data held out never reach a layer that was calibrated", layer=name)
+        there = old.moments[name]
+        held[name] = HeldFit(max(_distance(new.moments[name], there)), max(_distance(here, there)))
+    return held
 
 
 @contextlib.contextmanager
@@ -206,8 +258,11 @@ def tap(stack: contextlib.ExitStack, layer: Replaced, see: Callable[[Tensor], Te
 
 
 def _moments(layer: Replaced, y: Tensor) -> Moments:
+    """Those of one call, in float64."""
     pattern = "[n] c [...]" if layer.axis == 1 or y.dim() == 2 else "[...] c"
-    return moments(y.detach().to("cpu" if y.device.type == "mps" else y.device, torch.float64), pattern)
+    y = y.detach().cpu() if y.device.type == "mps" else y.detach()
+    parts = torch.split(y, max(1, CELLS * len(y) // max(1, y.numel())))
+    return _together([moments(part.double(), pattern) for part in parts])
 
 
 def _fit_on_the_way(
@@ -313,12 +368,11 @@ def _fit(layer: Replaced, found: Moments, target: Moments) -> tuple[Tensor, Tens
 
 
 def _distance(found: Moments, target: Moments) -> tuple[float, float]:
-    alive = (target.var > 0) & (found.var > 0)
-    if not alive.any():
+    sigma = target.var.sqrt()
+    unit = sigma.norm()
+    if unit == 0:  # a constant has no σ to measure by
         return 0.0, 0.0
-    mean = ((found.mean - target.mean)[alive].square() / target.var[alive]).mean().sqrt()
-    spread = (found.var[alive] / target.var[alive]).log().div(2).square().mean().sqrt()
-    return mean.item(), spread.item()
+    return ((found.mean - target.mean).norm() / unit).item(), ((found.var.sqrt() - sigma).norm() / unit).item()
 
 
 def _far(outputs: list[Tensor], before: list[Tensor]) -> float:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from normscope.errors import ArgumentError, DataError
-from normscope.surgery.calibrate import Calibration, Loss, Replaced, calibrate, observe
+from normscope.errors import ArgumentError, DataError, ProofError
+from normscope.surgery.calibrate import Calibration, HeldFit, Loss, Replaced, calibrate, compare, observe
 from normscope.surgery.find import Found, find, selected, trace
 from normscope.surgery.foreign import Foreign
 from normscope.surgery.forward import Forward
@@ -35,6 +35,8 @@ def convert(
     rules: Rules,
     *,
     calibrate: Iterable[Any] | None = None,
+    held: Iterable[Any] | None = None,
+    within: float = 0.05,
     example: Any = None,
     optimizer: Any = None,
     batches: int = 8,
@@ -54,7 +56,8 @@ def convert(
     A conversion changes the function. `calibrate` sets γ and β so that every new layer's output has, channel by
     channel, the mean and the variance that the old one's had on data, one layer after the other in the order in which
     they run, which takes a pass per layer, and one alone where the loader yields a single batch; the running statistics
-    of layers that have some are measured on the way. Nothing is exchanged between ranks: let all read the same batches.
+    of layers that have some are measured on the way. `held` proves it on other data, or the conversion is refused.
+    Nothing is exchanged between ranks: let all read the same batches.
 
     Args:
         model: The model.
@@ -64,10 +67,13 @@ def convert(
             "LayerNorm2d", "Norm('n (g [c]) [h w]', g=8)"), a class, a function that builds the new module from the old
             one, or None to leave it. The first rule that fits a normalizer counts.
         calibrate: A loader.
+        held: A loader of other data, on which the calibration is judged.
+        within: How far, there, the moments of a calibrated layer's output may be from the old one's: root mean square
+            over the channels of the difference of means, or of σ, over that of σ.
         example: A batch, to see the shapes of the layers' inputs where nothing is calibrated.
         optimizer: Its parameter groups follow: state stays with parameters that are kept, moves to new ones of the same
             name and shape, and is dropped otherwise.
-        batches: How many batches of the loader to use; they are read once and kept.
+        batches: How many batches of a loader to use; they are read once and kept.
         nearest: Where a number of groups does not divide the channels, or leaves single values, take the nearest number
             that does not.
         forward: `forward(model, batch)`; see `recalibrate`.
@@ -80,7 +86,9 @@ def convert(
 
     Raises:
         ArgumentError: A rule cannot be read or fits no normalizer, or an option does not fit another.
-        DataError: The loader is empty, or NaN came out of a layer. As after any error, the model is as it was.
+        ProofError: On the data held out a layer is off by more than `within`. As after any error, the model is as it
+            was.
+        DataError: A loader is empty, or NaN came out of a layer.
 
     Source: Wu & He 2018 (what BN becomes where batches are small); matching of moments as in Nagel et al. 2019, §4.2.
 
@@ -99,30 +107,36 @@ def convert(
         raise ArgumentError("the optimizer holds the parameters of the model, not of its copy", cure="copy=False")
     if batches < 1:
         raise ArgumentError(f"batches must be at least 1, but got {batches}", cure="8 are enough for most models")
-    if isinstance(calibrate, Tensor):
-        raise ArgumentError("a tensor is one batch, not a loader", shape=tuple(calibrate.shape), cure="pass [tensor]")
+    if held is not None and calibrate is None:
+        raise ArgumentError("held= judges a calibration, and there is none", cure="pass calibrate=, too")
+    if not within > 0:
+        raise ArgumentError(f"within must be greater than 0, but got {within}", cure="0.05 is 5 %")
 
     def edit(draft: Draft) -> None:
         if optimizer is not None:
             watch(draft, optimizer)
-        data = None if calibrate is None else list(itertools.islice(calibrate, batches))
-        if data == []:
-            raise DataError("the loader is empty", cure="pass one that yields batches; a generator is read only once")
+        data, others = (None if loader is None else _read(loader, batches) for loader in (calibrate, held))
         chosen = _chosen(draft.model, read)
         first = example if data is None else data[0]
         calls = () if first is None or not chosen else trace(draft.model, first, forward, select=_among(chosen))
         plans = list(_plans(draft, chosen, calls, data is not None, nearest))
         fits = [] if data is None else [plan for plan in plans if _fits(draft, plan)]
-        before = None
-        if fits and data is not None:
-            before = observe(draft.model, [plan.as_it_is() for plan in fits], data, forward, loss)
+        known = [plan.as_it_is() for plan in fits]
+        before = [observe(draft.model, known, each, forward, loss) for each in (data, others) if fits and each]
         _carry_out(draft, plans)
         if optimizer is not None:
             rebind(draft, optimizer, [(plan.found.name, plan.found.module, plan.new) for plan in plans])
-        if fits and data is not None and before is not None:
+        if before and data:
             rank = {id(call.module): k for k, call in reversed(list(enumerate(calls)))}
             fits = sorted(fits, key=lambda plan: rank[id(plan.found.module)])
-            _note(draft, _calibrated(draft.model, [plan.replaced() for plan in fits], before, data, forward, loss))
+            layers = [plan.replaced() for plan in fits]
+            calibration = _calibrated(draft.model, layers, before[0], data, forward, loss)
+            if others:
+                after = observe(draft.model, layers, others, forward, loss)
+                held_loss = None if loss is None else (before[1].loss, after.loss)
+                calibration = replace(calibration, held=compare(before[0], before[1], after), held_loss=held_loss)
+                _judge(calibration.held, within)
+            _note(draft, calibration)
 
     return operate("convert", model, edit, copy=copy)
 
@@ -151,6 +165,15 @@ def replay(model: Module, layers: Iterable[tuple[str, str, list[int]]], *, affin
 
 # Under another name, because the argument `calibrate` hides it.
 _calibrated = calibrate
+
+
+def _read(loader: Iterable[Any], batches: int) -> list[Any]:
+    if isinstance(loader, Tensor):
+        raise ArgumentError("a tensor is one batch, not a loader", shape=tuple(loader.shape), cure="pass [tensor]")
+    data = list(itertools.islice(loader, batches))
+    if not data:
+        raise DataError("the loader is empty", cure="pass one that yields batches; a generator is read only once")
+    return data
 
 
 # --- rules --------------------------------------------------------------------------------------------------------
@@ -301,6 +324,20 @@ def _gamma(module: Module) -> Tensor | None:
     return module._parameters.get("weight")
 
 
+def _judge(held: dict[str, HeldFit], within: float) -> None:
+    """Refuse what the data held out do not confirm."""
+    far = [name for name, fit in held.items() if not fit.off <= within]
+    if far:
+        worst = max(far, key=lambda name: held[name].off)
+        off, sampling = held[worst].off, held[worst].sampling
+        raise ProofError(
+            f"on the data held out moments of {len(far)} of {len(held)} layers are off by more than {within:.0%}, the "
+            f"worst by {off:.0%}, where the old layer's own are {sampling:.0%} from those that it was calibrated to",
+            layer=worst,
+            cure="calibrate on more data, or allow more: within=",
+        )
+
+
 def _note(draft: Draft, calibration: Calibration) -> None:
     draft.details["calibration"] = calibration
     before, after = calibration.output
@@ -308,6 +345,11 @@ def _note(draft: Draft, calibration: Calibration) -> None:
     if calibration.loss is not None:
         old, naive, new = calibration.loss
         draft.notes.append(f"loss {old:.4g} before the conversion, {naive:.4g} after it, {new:.4g} calibrated")
+    if calibration.held:
+        off = max(fit.off for fit in calibration.held.values())
+        draft.notes.append(f"on the data held out, moments are off by {off:.1%} at most")
+    if calibration.held_loss is not None:
+        draft.notes.append("loss there {:.4g} before the conversion, {:.4g} calibrated".format(*calibration.held_loss))
     draft.notes += [f"{name}: {fit}" for name, fit in calibration.layers.items()]
 
 
