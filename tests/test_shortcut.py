@@ -239,6 +239,19 @@ def test_a_sum_is_normalized_in_one_sweep(shape, swept, used, dtype, monkeypatch
         assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_batch_of_gradients(dtype):
+    """vmap over the backward pass, as for Jacobians."""
+    x, w = draw(4, 6).to(dtype).requires_grad_(), draw(6).requires_grad_()
+    y, upstream = ns.functional.layer_norm(x, (6,), w), draw(5, 4, 6).to(dtype)
+    together = torch.autograd.grad(y, [x, w], upstream, is_grads_batched=True, retain_graph=True)
+    for i, gy in enumerate(upstream):
+        for got, want in zip(together, torch.autograd.grad(y, [x, w], gy, retain_graph=True), strict=True):
+            assert (got[i] - want).abs().max() <= 8 * torch.finfo(
+                want.dtype
+            ).eps * want.abs().max()  # sums of six cells
+
+
 def test_second_gradients_of_a_sum():
     tensors = [torch.randn(3, 9, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     tensors += [torch.randn(9, dtype=torch.float64, requires_grad=True) for _ in range(2)]

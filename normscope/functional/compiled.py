@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 
 from normscope.functional import running as statistics_policy
 from normscope.functional.autograd import Operands, gradients
@@ -343,7 +344,8 @@ class _Compiled(torch.autograd.Function):
         if gy is None:
             return (None,) * 8
         saved, needs = Saved(*ctx.saved_tensors), ctx.needs_input_grad[1:5]  # unpacked once: checkpoints allow no more
-        if torch.is_grad_enabled():  # under create_graph the gradient itself must be differentiable
+        # Under create_graph the gradient itself must be differentiable; and a batch of gradients is no plain memory.
+        if torch.is_grad_enabled() or functorch.is_batchedtensor(gy) or functorch.is_legacy_batchedtensor(gy):
             return None, *_differentiable(ctx.recipe, gy, saved, ctx.fixed, needs), None, None, None
         return None, *backward(ctx.recipe, gy, saved, ctx.fixed, needs), None, None, None
 
@@ -381,7 +383,8 @@ def _library() -> torch.library.Library:
         "gradients(Tensor gy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor? y, "
         "Tensor statistics, str origin, bool fixed, bool[4] needs) -> Tensor[]"
     )
-    library.impl("gradients", _gradients, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):
+        library.impl("gradients", _gradients, key)  # type: ignore[no-untyped-call]
     return library
 
 

@@ -403,7 +403,8 @@ def test_a_checkpoint_changes_nothing_or_is_refused(record: Record, reentrant: b
             result.extend([*(p.grad for p in layer.parameters()), *(b.clone() for b in layer.buffers())])
     for mine, truth in zip(results[1], results[0], strict=record.again):
         assert (mine is None) == (truth is None)
-        assert mine is None or torch.equal(mine, truth)
+        # Where a layer computes its own moments the kernels serve without a graph and torch's operators with one.
+        assert mine is None or torch.allclose(mine, truth, rtol=1e-13, atol=1e-13)
 
 
 # --- layouts and offsets --------------------------------------------------------------------------------------------

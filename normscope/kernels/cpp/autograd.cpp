@@ -211,7 +211,8 @@ class Normalize : public torch::autograd::Node {
     std::array<bool, kEdges> needs;
     for (size_t i = 0; i < kEdges; ++i) needs[i] = task_should_compute_output(i);
     if (sum_) needs[0] = needs[0] || task_should_compute_output(kAddend);
-    if (at::GradMode::is_enabled()) {  // under create_graph the gradient itself must be differentiable
+    // Under create_graph the gradient itself must be differentiable; and a batch of gradients is no plain memory.
+    if (at::GradMode::is_enabled() || at::isTensorSubclassLike(grads[0]) || (passed.defined() && at::isTensorSubclassLike(passed))) {
       differentiable(grads[0], saved, *recipe_, needs, found);
       if (needs[0] && passed.defined()) found[0] = at::add(found[0], passed);
     } else {
