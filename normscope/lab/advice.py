@@ -362,8 +362,8 @@ SITUATIONS = (
     ),
     _Situation(
         "Generative adversarial networks",
-        "Compare the generator with InstanceNorm and without a normalizer before you take batch statistics; spectral "
-        "normalization in the discriminator.",
+        "Batch Normalization or InstanceNorm in the generator, one tried against the other; spectral normalization in "
+        "the discriminator.",
         (
             'report = ns.convert(network(), {"BatchNorm": "InstanceNorm2d(affine=True)"}, calibrate=loader)',
             "layer = ns.parametrizations.spectral_norm(torch.nn.Conv2d(3, 64, 3))",
@@ -376,6 +376,7 @@ SITUATIONS = (
                 "F06", "is it worse in the generator?",
                 "Batch Normalization in the generator is worse than no normalizer",
                 "Batch Normalization in the generator is better than no normalizer",
+                supports="REFUTED",
             ),
             _Asked(
                 "F06", "is InstanceNorm the best normalizer of the generator?",

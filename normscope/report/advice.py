@@ -41,6 +41,8 @@ def confidence(advice: Advice) -> str:
     if "for" in stances:
         return f"measured here{part}"
     unsure = [point for point in advice.points if point.stance == "unknown"]
+    if advice.points and not unsure:
+        return "measured here, to be weighed"
     return "not decided here" if any(point.judgement for point in unsure) else "not measured here"
 
 
