@@ -5,6 +5,7 @@
 // a row of 64 columns pays more for its loop than for its cells.
 
 constexpr int64_t kBlockRows = 128;  // rows of a block, summed in float
+constexpr int64_t kSpan = 512;       // columns that the rows of a block pass together
 constexpr int64_t kFewRows = 16;     // the first level of these sums, as in run_squares
 
 template <class T>
@@ -67,6 +68,12 @@ struct Across {
         }
   }
 
+  // Whole steps of a unit's columns whose numbers stay in the nearest cache while the rows of a block pass: six numbers
+  // per column, backward.
+  int64_t span(int64_t u) const {
+    const int64_t n = width(u), pieces = (n + kSpan - 1) / kSpan;
+    return padded((n + pieces - 1) / pieces);
+  }
   // body(offset in x, offset of the row's parameter) for each row of a block.
   template <class F>
   NORMSCOPE_INLINE void block(int64_t u, int64_t b, F&& body) const {
@@ -78,18 +85,29 @@ struct Across {
       if (++i == inner) i = 0, ++outer;
     }
   }
+  // body(offset in x, first column, columns, offset of the row's parameter) for each row of a block, span by span.
+  template <class F>
+  NORMSCOPE_INLINE void spans(int64_t u, int64_t b, F&& body) const {
+    const int64_t n = width(u), each = span(u);
+    for (int64_t j = 0; j < n; j += each)
+      block(u, b, [&](int64_t offset, int64_t param) { body(offset + j, j, std::min(each, n - j), param); });
+  }
 
   // The same by groups of kTogether rows, then one by one: a group reads and writes the sums per column once.
   static constexpr int kTogether = 4;
   template <class F>
   NORMSCOPE_INLINE void row_groups(int64_t u, int64_t b, F&& body) const {
-    int64_t offsets[kTogether], params[kTogether];
-    int waiting = 0;
-    block(u, b, [&](int64_t offset, int64_t param) {
-      offsets[waiting] = offset, params[waiting] = param;
-      if (++waiting == kTogether) waiting = 0, body(std::integral_constant<int, kTogether>{}, offsets, params);
-    });
-    for (int i = 0; i < waiting; ++i) body(std::integral_constant<int, 1>{}, offsets + i, params + i);
+    const int64_t n = width(u), each = span(u);
+    for (int64_t j = 0; j < n; j += each) {
+      const int64_t cells = std::min(each, n - j);
+      int64_t offsets[kTogether];
+      int waiting = 0;
+      block(u, b, [&](int64_t offset, int64_t) {
+        offsets[waiting] = offset + j;
+        if (++waiting == kTogether) waiting = 0, body(std::integral_constant<int, kTogether>{}, offsets, j, cells);
+      });
+      for (int i = 0; i < waiting; ++i) body(std::integral_constant<int, 1>{}, offsets + i, j, cells);
+    }
   }
 
   // body(slot, parameter relative to the task's) for the columns of the s-th set of a unit.
@@ -106,45 +124,48 @@ struct Across {
 };
 
 // Per set: Σ(x − shift), Σ(x − shift)² and the kept cells of a block; out has three pieces of `most_sets`.
-template <class T>
+template <bool masked, class T>
 void column_squares(const Across<T>& a, const T* x, const uint8_t* mask, int64_t u, int64_t b, const Number* shift, double* out) {
   alignas(64) Number first[kSegment], second[kSegment], kept[kSegment], few_first[kSegment], few_second[kSegment];
-  const int64_t n = a.width(u), sets = a.sets(u);
+  const int64_t sets = a.sets(u);
   const size_t bytes = static_cast<size_t>(a.pitch) * sizeof(Number);
   for (Number* sums : {first, second, few_first, few_second}) std::memset(sums, 0, bytes);
-  if (mask) std::memset(kept, 0, bytes);
-  auto flush = [&] {
-    for (int64_t k = 0; k < a.pitch; ++k) {
+  if (masked) std::memset(kept, 0, bytes);
+  int64_t rows = 0, span = 0;
+  auto flush = [&](int64_t from, int64_t count) {
+    for (int64_t k = from; k < from + count; ++k) {
       first[k] += few_first[k];
       second[k] += few_second[k];
       few_first[k] = few_second[k] = 0;
     }
   };
-  int64_t rows = 0;
-  auto add = [&](auto group, const int64_t* offsets) __attribute__((always_inline)) {
+  a.row_groups(u, b, [&](auto group, const int64_t* offsets, int64_t j, int64_t n) {
+    if (j != span) span = j, rows = 0;
+    Number *sums = few_first + j, *squares = few_second + j, *counts = kept + j;
+    const Number* centre = shift + j;
     steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
-      W sum = get(few_first + i), squares = get(few_second + i);
+      W sum = get(sums + i), square = get(squares + i);
+      const W high = get(centre + i);
       for (int r = 0; r < group; ++r) {
-        W d = cells.load(x + offsets[r] + i) - get(shift + i);
-        if (mask) {
+        W d = cells.load(x + offsets[r] + i) - high;
+        if constexpr (masked) {
           const M m = cells.mask(mask + offsets[r] + i);
           d = d & m;
-          put(kept + i, get(kept + i) + (step(1) & m));
+          put(counts + i, get(counts + i) + (step(1) & m));
         }
         sum += d;
-        squares += d * d;
+        square += d * d;
       }
-      put(few_first + i, sum);
-      put(few_second + i, squares);
+      put(sums + i, sum);
+      put(squares + i, square);
     });
     rows += group;
-    if (rows % kFewRows == 0) flush();
-  };
-  a.row_groups(u, b, [&](auto group, const int64_t* offsets, const int64_t*) { add(group, offsets); });
-  flush();
+    if (rows % kFewRows == 0) flush(j, padded(n));
+  });
+  flush(0, a.pitch);
   a.fold(first, sets, out);
   a.fold(second, sets, out + a.most_sets());
-  if (mask) a.fold(kept, sets, out + 2 * a.most_sets());
+  if (masked) a.fold(kept, sets, out + 2 * a.most_sets());
   else std::fill_n(out + 2 * a.most_sets(), sets, static_cast<double>(rows * a.group()));
 }
 
@@ -238,7 +259,10 @@ void forward_across(const Forward<Number>& f) {
     else std::fill(shift, shift + a.pitch, Number(0));
   };
   auto statistics = [&](int64_t u, int64_t b) {
-    if (!f.given) column_squares(a, tensors.x, tensors.mask, u, b, shifts.get() + u * a.pitch, at(u, b));
+    const Number* shift = shifts.get() + u * a.pitch;
+    if (f.given) return;
+    if (tensors.mask) column_squares<true>(a, tensors.x, tensors.mask, u, b, shift, at(u, b));
+    else column_squares<false>(a, tensors.x, tensors.mask, u, b, shift, at(u, b));
   };
   // Per set the mean of x − shift and of its square, and the cells behind them.
   auto totals = [&](int64_t u, double* first, double* second, double* count) {
@@ -268,7 +292,7 @@ void forward_across(const Forward<Number>& f) {
       if (again) {
         for (int64_t s = 0; s < sets; ++s) by_set[s] = static_cast<Number>(shift[slot[s * a.group()]] + first[s]);
         a.spread(by_set, sets, shift);
-        for (int64_t b = 0; b < a.blocks; ++b) column_squares(a, tensors.x, tensors.mask, u, b, shift, at(u, b));
+        for (int64_t b = 0; b < a.blocks; ++b) statistics(u, b);
         totals(u, first, second, count);
       }
     }
@@ -292,19 +316,19 @@ void forward_across(const Forward<Number>& f) {
     fill_columns(f, a, u, columns);
   };
   auto finish = each_unit(finish_unit);
-  with_act<T>(f.activation, [&](auto act) {
+  with_loop<T>(f, [&](auto loop) {
     auto apply = [&](int64_t u, int64_t b) {
-      const int64_t n = a.width(u), base = a.param_base(u), c = u * a.pitch;
-      const Number *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
-      a.block(u, b, [&](int64_t offset, int64_t param) {
+      const int64_t base = a.param_base(u), c = u * a.pitch;
+      a.spans(u, b, [&](int64_t offset, int64_t j, int64_t n, int64_t param) {
+        const Number *high = columns.high.get() + c + j, *factor = columns.factor.get() + c + j, *shift = columns.shift.get() + c + j;
         const T* x = tensors.x + offset;
         if (row) {
           const W weight = step(f.weight ? f.weight[base + param] : Number(1)), bias = step(f.bias ? f.bias[base + param] : Number(0));
-          write_run<act.value>(f, tensors, offset, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+          write_run<loop.value>(f, tensors, offset, n, [=](int64_t i, auto cells) __attribute__((always_inline)) {
             return ((cells.load(x + i) - get(high + i)) * get(factor + i) + get(shift + i)) * weight + bias;
           });
         } else {
-          write_run<act.value>(f, tensors, offset, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+          write_run<loop.value>(f, tensors, offset, n, [=](int64_t i, auto cells) __attribute__((always_inline)) {
             return (cells.load(x + i) - get(high + i)) * get(factor + i) + get(shift + i);
           });
         }
@@ -331,16 +355,15 @@ void backward_across(const Backward<Number>& f) {
   ParamSums sums(a.units * per_unit, p.params_per_task(), learns);
   auto at = [&](int64_t u, int64_t b) { return partial.get() + (u * a.blocks + b) * 2 * most; };
 
-  auto with_z = [&](int64_t u, int64_t param, auto&& body) {
-    const int64_t base = a.param_base(u), c = u * a.pitch;
+  auto with_z = [&](int64_t u, int64_t j, int64_t param, auto&& body) {
+    const int64_t base = a.param_base(u), c = u * a.pitch + j;
     const Number *high = columns.high.get() + c, *factor = columns.factor.get() + c, *shift = columns.shift.get() + c;
+    auto d_of = [=](int, int64_t i, const W& x) __attribute__((always_inline)) { return x - get(high + i); };
     if (row) {
       const W weight = step(f.weight ? f.weight[base + param] : Number(1)), bias = step(f.bias ? f.bias[base + param] : Number(0));
-      body([=](int, int64_t i, const W& x) __attribute__((always_inline)) {
-        return ((x - get(high + i)) * get(factor + i) + get(shift + i)) * weight + bias;
-      });
+      body(d_of, [=](int, int64_t i, const W& d) __attribute__((always_inline)) { return (d * get(factor + i) + get(shift + i)) * weight + bias; });
     } else {
-      body([=](int, int64_t i, const W& x) __attribute__((always_inline)) { return (x - get(high + i)) * get(factor + i) + get(shift + i); });
+      body(d_of, [=](int, int64_t i, const W& d) __attribute__((always_inline)) { return d * get(factor + i) + get(shift + i); });
     }
   };
   auto prepare = [&](int64_t u) { fill_columns(f, a, u, columns); };
@@ -398,40 +421,41 @@ void backward_across(const Backward<Number>& f) {
     }
   };
   auto finish = each_unit(finish_unit);
-  with_act<T>(f.activation, [&](auto act) {
+  with_loop<T>(f, [&](auto loop) {
     auto reduce = [&](int64_t u, int64_t b) {
       alignas(64) Number first[kSegment], second[kSegment];
       std::memset(first, 0, static_cast<size_t>(a.pitch) * sizeof(Number));
       std::memset(second, 0, static_cast<size_t>(a.pitch) * sizeof(Number));
-      const int64_t n = a.width(u), base = a.param_base(u), unit = u * a.blocks + b;
-      const Number *high = columns.high.get() + u * a.pitch, *factor = columns.factor.get() + u * a.pitch, *shift = columns.shift.get() + u * a.pitch;
+      const int64_t base = a.param_base(u), unit = u * a.blocks + b;
       if (!row) {
-        a.row_groups(u, b, [&](auto group, const int64_t* offsets, const int64_t*) {
-          with_z(u, 0, [&](auto&& z_of) {
-            read_runs<act.value, group.value>(f, tensors, offsets, n, z_of, [&](int64_t i, auto, auto&& visit) __attribute__((always_inline)) {
-              const W centre = get(high + i);
-              W sum = get(first + i), products = get(second + i);
+        a.row_groups(u, b, [&](auto group, const int64_t* offsets, int64_t j, int64_t n) {
+          Number *to_first = first + j, *to_second = second + j;
+          with_z(u, j, 0, [&](auto d_of, auto z_of) {
+            read_runs<loop.value, group.value>(f, tensors, offsets, n, d_of, z_of, [&](int64_t i, auto, auto&& visit) __attribute__((always_inline)) {
+              W sum = get(to_first + i), products = get(to_second + i);
               for (int r = 0; r < group; ++r)
-                visit(r, [&](const W& x, const W& g) __attribute__((always_inline)) {
+                visit(r, [&](const W& d, const W& g) __attribute__((always_inline)) {
                   sum += g;
-                  products += g * (x - centre);
+                  products += g * d;
                 });
-              put(first + i, sum);
-              put(second + i, products);
+              put(to_first + i, sum);
+              put(to_second + i, products);
             });
           });
         });
       } else {
-        a.block(u, b, [&](int64_t offset, int64_t param) {
-          with_z(u, param, [&](auto&& z_of) {
+        a.spans(u, b, [&](int64_t offset, int64_t j, int64_t n, int64_t param) {
+          const Number *factor = columns.factor.get() + u * a.pitch + j, *shift = columns.shift.get() + u * a.pitch + j;
+          Number *to_first = first + j, *to_second = second + j;
+          with_z(u, j, param, [&](auto d_of, auto z_of) {
             const W weight = step(f.weight ? f.weight[base + param] : Number(1));
             W row_g = step(0), row_gx = step(0);
-            read_run<act.value>(f, tensors, offset, n, z_of, [&](int64_t i, auto, const W& x, const W& g) __attribute__((always_inline)) {
-              const W d = x - get(high + i), gw = g * weight;
+            read_run<loop.value>(f, tensors, offset, n, d_of, z_of, [&](int64_t i, auto, const W& d, const W& g) __attribute__((always_inline)) {
+              const W gw = g * weight;
               row_g += g;
               row_gx += g * (d * get(factor + i) + get(shift + i));
-              put(first + i, get(first + i) + gw);
-              put(second + i, get(second + i) + gw * d);
+              put(to_first + i, get(to_first + i) + gw);
+              put(to_second + i, get(to_second + i) + gw * d);
             });
             if (learns) {
               sums.weight[unit * sums.size + param] += static_cast<Number>(sum(row_gx));
@@ -450,19 +474,18 @@ void backward_across(const Backward<Number>& f) {
     };
     auto apply = [&](int64_t u, int64_t b) {
       if (!f.dx && !f.dresidual) return;
-      const int64_t n = a.width(u), base = a.param_base(u), c = u * a.pitch;
-      const Number* high = columns.high.get() + c;
-      const Number *sa = slopes.high.get() + c, *sb = slopes.factor.get() + c, *sc = slopes.shift.get() + c;
-      a.block(u, b, [&](int64_t offset, int64_t param) {
-        with_z(u, param, [&](auto&& z_of) {
+      const int64_t base = a.param_base(u), c = u * a.pitch;
+      a.spans(u, b, [&](int64_t offset, int64_t j, int64_t n, int64_t param) {
+        const Number *sa = slopes.high.get() + c + j, *sb = slopes.factor.get() + c + j, *sc = slopes.shift.get() + c + j;
+        with_z(u, j, param, [&](auto d_of, auto z_of) {
           if (row) {
             const W weight = step(f.weight ? f.weight[base + param] : Number(1));
-            write_gradients<act.value>(f, tensors, offset, n, z_of, [&](int64_t i, const W& x, const W& g) __attribute__((always_inline)) {
-              return g * weight * get(sa + i) + ((x - get(high + i)) * get(sb + i) + get(sc + i));
+            write_gradients<loop.value>(f, tensors, offset, n, d_of, z_of, [=](int64_t i, const W& d, const W& g) __attribute__((always_inline)) {
+              return g * weight * get(sa + i) + (d * get(sb + i) + get(sc + i));
             });
           } else {
-            write_gradients<act.value>(f, tensors, offset, n, z_of, [&](int64_t i, const W& x, const W& g) __attribute__((always_inline)) {
-              return g * get(sa + i) + ((x - get(high + i)) * get(sb + i) + get(sc + i));
+            write_gradients<loop.value>(f, tensors, offset, n, d_of, z_of, [=](int64_t i, const W& d, const W& g) __attribute__((always_inline)) {
+              return g * get(sa + i) + (d * get(sb + i) + get(sc + i));
             });
           }
         });

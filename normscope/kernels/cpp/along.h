@@ -45,13 +45,13 @@ struct RunParams {
 
 // Σ(x − shift), Σ(x − shift)² of a run, in two levels: where the data lie on a grid, the roundings of one long float sum
 // all point the same way (2.6e-7 of the variance after 64 terms); after 8 terms and 8 sums they do not show.
-template <class T>
+template <bool masked, class T>
 NORMSCOPE_INLINE void run_squares(const T* x, const uint8_t* mask, int64_t n, Number shift, W& first, W& second) {
   const W s = step(shift);
   W a, b;
   auto add = [&](int64_t i, auto cells) __attribute__((always_inline)) {
     W d = cells.keep(cells.load(x + i) - s);
-    if (mask) d = d & cells.mask(mask + i);
+    if constexpr (masked) d = d & cells.mask(mask + i);
     a += d;
     b += d * d;
   };
@@ -72,7 +72,7 @@ NORMSCOPE_INLINE void run_squares(const T* x, const uint8_t* mask, int64_t n, Nu
 template <class T>
 Sums run_squares(const T* x, const uint8_t* mask, int64_t n, Number shift) {
   W first, second;
-  run_squares(x, mask, n, shift, first, second);
+  mask ? run_squares<true>(x, mask, n, shift, first, second) : run_squares<false>(x, mask, n, shift, first, second);
   int64_t count = n;
   if (mask) {
     count = 0;
@@ -172,7 +172,7 @@ void forward_along(const Forward<Number>& f) {
           if (off_centre(first[t] * each, second[t] * each)) close_slowly(t);
     }
   };
-  with_act<T>(f.activation, [&](auto act) {
+  with_loop<T>(f, [&](auto loop) {
     auto write = [&](int64_t t, const Axis& task, int64_t offset, int64_t j, int64_t n, int64_t row) __attribute__((always_inline)) {
       offset += task.stride;
       const int64_t at = task.param + row;
@@ -182,11 +182,11 @@ void forward_along(const Forward<Number>& f) {
       const W high = step(l.high), factor = step(l.factor), shift = step(l.shift);
       if (params.weight) {
         const Number *weight = params.weight.get() + params.place(at) + j, *bias = params.bias.get() + params.place(at) + j;
-        write_run<act.value>(f, tensors, offset, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+        write_run<loop.value>(f, tensors, offset, n, [=](int64_t i, auto cells) __attribute__((always_inline)) {
           return ((cells.load(x + i) - high) * factor + shift) * get(weight + i) + get(bias + i);
         });
       } else {
-        write_run<act.value>(f, tensors, offset, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+        write_run<loop.value>(f, tensors, offset, n, [=](int64_t i, auto cells) __attribute__((always_inline)) {
           return (cells.load(x + i) - high) * factor + shift;
         });
       }
@@ -238,11 +238,12 @@ void backward_along(const Backward<Number>& f) {
     const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, !inner && f.weight ? f.weight[at] : Number(1),
                         !inner && f.bias ? f.bias[at] : Number(0));
     const W high = step(l.high), factor = step(l.factor), shift = step(l.shift);
+    auto d_of = [=](int, int64_t, const W& x) __attribute__((always_inline)) { return x - high; };
     if (inner && (f.weight || f.bias)) {
       const Number *weight = params.weight.get() + params.place(at) + j, *bias = params.bias.get() + params.place(at) + j;
-      body([=](int, int64_t i, const W& x) __attribute__((always_inline)) { return ((x - high) * factor + shift) * get(weight + i) + get(bias + i); });
+      body(d_of, [=](int, int64_t i, const W& d) __attribute__((always_inline)) { return (d * factor + shift) * get(weight + i) + get(bias + i); });
     } else {
-      body([=](int, int64_t, const W& x) __attribute__((always_inline)) { return (x - high) * factor + shift; });
+      body(d_of, [=](int, int64_t, const W& d) __attribute__((always_inline)) { return d * factor + shift; });
     }
   };
   auto finish = [&](int64_t begin, int64_t end) {
@@ -253,13 +254,13 @@ void backward_along(const Backward<Number>& f) {
       slopes[t] = slope(f, f.low[t], f.rstd[t], s.first, s.second, f.mask ? 1.0 / std::max(f.count[t], Number(1)) : all);
     }
   };
-  with_act<T>(f.activation, [&](auto act) {
+  with_loop<T>(f, [&](auto loop) {
     auto reduce = [&](int64_t t, int64_t b) {
       const Axis task = p.task(t);
-      const Number high = f.center ? f.high[t] : Number(0), low = f.center ? f.low[t] : Number(0), rstd = f.rstd[t];
+      const Number low = f.center ? f.low[t] : Number(0), rstd = f.rstd[t];
       const int64_t unit = (t / group) * per_group + (per_group == 1 ? 0 : b);
       Number *dw = learns ? sums.weight.get() + unit * sums.size : nullptr, *db = learns ? sums.bias.get() + unit * sums.size : nullptr;
-      const W centre = step(high), scale = step(rstd), rest = step(-low * rstd);
+      const W scale = step(rstd), rest = step(-low * rstd);
       Sums set;
       Totals totals, products;
       int64_t params_of[kTogether], waiting = 0;
@@ -277,12 +278,11 @@ void backward_along(const Backward<Number>& f) {
       along.block(b, [&](int64_t offset, int64_t j, int64_t n, int64_t row) {
         const int64_t at = task.param + row;
         W first = step(0), second = step(0);
-        with_z(t, at, j, [&](auto&& z_of) {
+        with_z(t, at, j, [&](auto d_of, auto z_of) {
           if (inner) {
             const Number* weight = params.weight.get() + params.place(at) + j;
             Number *pw = dw ? dw + params.place(row) + j : nullptr, *pb = dw ? db + params.place(row) + j : nullptr;
-            read_run<act.value>(f, tensors, offset + task.stride, n, z_of, [&](int64_t i, auto, const W& x, const W& g) __attribute__((always_inline)) {
-              const W d = x - centre;
+            read_run<loop.value>(f, tensors, offset + task.stride, n, d_of, z_of, [&](int64_t i, auto, const W& d, const W& g) __attribute__((always_inline)) {
               if (pw) {
                 put(pw + i, get(pw + i) + g * (d * scale + rest));
                 put(pb + i, get(pb + i) + g);
@@ -292,9 +292,9 @@ void backward_along(const Backward<Number>& f) {
               second += gw * d;
             });
           } else {
-            read_run<act.value>(f, tensors, offset + task.stride, n, z_of, [&](int64_t, auto, const W& x, const W& g) __attribute__((always_inline)) {
+            read_run<loop.value>(f, tensors, offset + task.stride, n, d_of, z_of, [&](int64_t, auto, const W& d, const W& g) __attribute__((always_inline)) {
               first += g;
-              second += g * (x - centre);
+              second += g * d;
             });
           }
         });
@@ -307,20 +307,20 @@ void backward_along(const Backward<Number>& f) {
     auto apply = [&](int64_t t, int64_t b) {
       if (!f.dx && !f.dresidual) return;
       const Axis task = p.task(t);
-      const W centre = step(f.center ? f.high[t] : Number(0)), sb = step(slopes[t].b), sc = step(slopes[t].c);
+      const W sb = step(slopes[t].b), sc = step(slopes[t].c);
       along.block(b, [&](int64_t offset, int64_t j, int64_t n, int64_t row) {
         const int64_t at = task.param + row;
-        with_z(t, at, j, [&](auto&& z_of) {
+        with_z(t, at, j, [&](auto d_of, auto z_of) {
           if (inner) {
             const Number* weight = params.weight.get() + params.place(at) + j;
             const W sa = step(slopes[t].a);
-            write_gradients<act.value>(f, tensors, offset + task.stride, n, z_of, [&](int64_t i, const W& x, const W& g) __attribute__((always_inline)) {
-              return g * get(weight + i) * sa + ((x - centre) * sb + sc);
+            write_gradients<loop.value>(f, tensors, offset + task.stride, n, d_of, z_of, [=](int64_t i, const W& d, const W& g) __attribute__((always_inline)) {
+              return g * get(weight + i) * sa + (d * sb + sc);
             });
           } else {
             const W sa = step(slopes[t].a * (f.weight ? f.weight[at] : Number(1)));
-            write_gradients<act.value>(f, tensors, offset + task.stride, n, z_of, [&](int64_t, const W& x, const W& g) __attribute__((always_inline)) {
-              return g * sa + ((x - centre) * sb + sc);
+            write_gradients<loop.value>(f, tensors, offset + task.stride, n, d_of, z_of, [=](int64_t, const W& d, const W& g) __attribute__((always_inline)) {
+              return g * sa + (d * sb + sc);
             });
           }
         });

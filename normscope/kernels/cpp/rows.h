@@ -28,7 +28,7 @@ void forward_rows(const Forward<Number>& f) {
     if (f.addend) tensors.add(begin * n, count * n);
     auto squares = [&](int64_t r) __attribute__((always_inline)) {
       W deviation, squared;
-      run_squares(x + r * n, nullptr, n, shift[r], deviation, squared);
+      run_squares<false>(x + r * n, nullptr, n, shift[r], deviation, squared);
       first.put(r, deviation);
       second.put(r, squared);
     };
@@ -62,7 +62,7 @@ void forward_rows(const Forward<Number>& f) {
       f.rstd[begin + r] = rstd[r], f.count[begin + r] = static_cast<Number>(n);
     }
   };
-  with_act<T>(f.activation, [&](auto act) {
+  with_loop<T>(f, [&](auto loop) {
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         if ((t - begin) % kTogether == 0) statistics(t, std::min(end, t + kTogether));
@@ -71,11 +71,11 @@ void forward_rows(const Forward<Number>& f) {
         const T* x = tensors.x + t * n;
         if (params.weight) {
           const Number *weight = params.weight.get(), *bias = params.bias.get();
-          write_run<act.value>(f, tensors, t * n, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+          write_run<loop.value>(f, tensors, t * n, n, [=](int64_t i, auto cells) __attribute__((always_inline)) {
             return ((cells.load(x + i) - high) * factor + shift) * get(weight + i) + get(bias + i);
           });
         } else {
-          write_run<act.value>(f, tensors, t * n, n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
+          write_run<loop.value>(f, tensors, t * n, n, [=](int64_t i, auto cells) __attribute__((always_inline)) {
             return (cells.load(x + i) - high) * factor + shift;
           });
         }
@@ -101,10 +101,10 @@ void backward_rows(const Backward<Number>& f) {
   auto unused = zeros<Number>(learns ? 0 : 2 * params.pitch);
   const double each = 1.0 / static_cast<double>(n);
 
-  with_act<T>(f.activation, [&](auto act) {
+  with_loop<T>(f, [&](auto loop) {
     // γ·x̂ + β as the forward pass computes it, to the bit: the gate of a ReLU must open for the same cells.
-    auto z_from = [&](const Line& l, int64_t i, const W& x) __attribute__((always_inline)) {
-      const W z = (x - step(l.high)) * step(l.factor) + step(l.shift);
+    auto z_from = [=](const Line& l, int64_t i, const W& d) __attribute__((always_inline)) {
+      const W z = d * step(l.factor) + step(l.shift);
       return has_params ? z * get(weight + i) + get(bias + i) : z;
     };
     auto reduce = [&](auto beside, int64_t t, Number* dw, Number* db, Totals& first, Totals& second, int64_t at) __attribute__((always_inline)) {
@@ -117,13 +117,13 @@ void backward_rows(const Backward<Number>& f) {
         offsets[r] = (t + r) * n;
         gw[r] = gwd[r] = step(0);
       }
-      read_runs<act.value, rows>(f, tensors, offsets, n, [&](int r, int64_t i, const W& x) __attribute__((always_inline)) { return z_from(lines[r], i, x); },
+      read_runs<loop.value, rows>(f, tensors, offsets, n, [&](int r, int64_t, const W& x) __attribute__((always_inline)) { return x - step(lines[r].high); },
+        [&](int r, int64_t i, const W& d) __attribute__((always_inline)) { return z_from(lines[r], i, d); },
         [&](int64_t i, auto, auto&& visit) __attribute__((always_inline)) {
           const W w = get(weight + i);
           W sum_w = get(dw + i), sum_b = get(db + i);
           for (int r = 0; r < rows; ++r)
-            visit(r, [&](const W& x, const W& g) __attribute__((always_inline)) {
-              const W d = x - step(lines[r].high);
+            visit(r, [&](const W& d, const W& g) __attribute__((always_inline)) {
               sum_w += g * (d * step(lines[r].factor) + step(lines[r].shift));
               sum_b += g;
               const W v = g * w;
@@ -153,10 +153,11 @@ void backward_rows(const Backward<Number>& f) {
       for (r = 0; r < count; ++r) {
         const int64_t t = begin + r;
         const Line l = line(f.high[t], f.low[t], f.rstd[t], f.center, Number(1), Number(0));
-        const W centre = step(l.high), sa = step(slopes[r].a), sb = step(slopes[r].b), sc = step(slopes[r].c);
-        write_gradients<act.value>(f, tensors, t * n, n, [&](int, int64_t i, const W& x) __attribute__((always_inline)) { return z_from(l, i, x); },
-          [&](int64_t i, const W& x, const W& g) __attribute__((always_inline)) {
-            return g * get(weight + i) * sa + ((x - centre) * sb + sc);
+        const W high = step(l.high), sa = step(slopes[r].a), sb = step(slopes[r].b), sc = step(slopes[r].c);
+        write_gradients<loop.value>(f, tensors, t * n, n, [=](int, int64_t, const W& x) __attribute__((always_inline)) { return x - high; },
+          [=](int, int64_t i, const W& d) __attribute__((always_inline)) { return z_from(l, i, d); },
+          [=](int64_t i, const W& d, const W& g) __attribute__((always_inline)) {
+            return g * get(weight + i) * sa + (d * sb + sc);
           });
       }
     };
