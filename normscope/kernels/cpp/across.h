@@ -34,6 +34,7 @@ struct Across {
         for (int64_t r = 0; r < repeat; ++r) *to++ = static_cast<int32_t>(slot<T>(r * p.length + s * p.fold + i));
     return table;
   }
+  int64_t stride = p.rows[1].stride * repeat;  // from row to row
   int64_t first(int64_t u) const { return (u % tiles) * tile; }
   int64_t width(int64_t u) const { return repeat > 1 ? columns : std::min(tile, p.length - first(u)); }
   int64_t sets(int64_t u) const { return (repeat > 1 ? p.length : width(u)) / p.fold; }
@@ -78,10 +79,10 @@ struct Across {
   template <class F>
   NORMSCOPE_INLINE void block(int64_t u, int64_t b, F&& body) const {
     const int64_t base = p.task(u / tiles).stride + first(u), begin = b * kBlockRows, end = std::min(rows, begin + kBlockRows);
-    const int64_t inner = p.rows[1].size / repeat, step = p.rows[1].stride * repeat;
+    const int64_t inner = p.rows[1].size / repeat;
     int64_t outer = begin / inner, i = begin % inner;
     for (int64_t r = begin; r < end; ++r) {
-      body(base + outer * p.rows[0].stride + i * step, outer * p.rows[0].param + i * p.rows[1].param);
+      body(base + outer * p.rows[0].stride + i * stride, outer * p.rows[0].param + i * p.rows[1].param);
       if (++i == inner) i = 0, ++outer;
     }
   }
@@ -143,10 +144,12 @@ void column_squares(const Across<T>& a, const T* x, const uint8_t* mask, int64_t
     if (j != span) span = j, rows = 0;
     Number *sums = few_first + j, *squares = few_second + j, *counts = kept + j;
     const Number* centre = shift + j;
+    const int64_t ahead = group * a.stride;
     steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
       W sum = get(sums + i), square = get(squares + i);
       const W high = get(centre + i);
       for (int r = 0; r < group; ++r) {
+        fetch(x + offsets[r] + ahead + i);
         W d = cells.load(x + offsets[r] + i) - high;
         if constexpr (masked) {
           const M m = cells.mask(mask + offsets[r] + i);
@@ -321,14 +324,16 @@ void forward_across(const Forward<Number>& f) {
       const int64_t base = a.param_base(u), c = u * a.pitch;
       a.spans(u, b, [&](int64_t offset, int64_t j, int64_t n, int64_t param) {
         const Number *high = columns.high.get() + c + j, *factor = columns.factor.get() + c + j, *shift = columns.shift.get() + c + j;
-        const T* x = tensors.x + offset;
+        const T *x = tensors.x + offset, *next = x + a.stride;
         if (row) {
           const W weight = step(f.weight ? f.weight[base + param] : Number(1)), bias = step(f.bias ? f.bias[base + param] : Number(0));
           write_run<loop.value>(f, tensors, offset, n, [=](int64_t i, auto cells) __attribute__((always_inline)) {
+            fetch(next + i);
             return ((cells.load(x + i) - get(high + i)) * get(factor + i) + get(shift + i)) * weight + bias;
           });
         } else {
           write_run<loop.value>(f, tensors, offset, n, [=](int64_t i, auto cells) __attribute__((always_inline)) {
+            fetch(next + i);
             return (cells.load(x + i) - get(high + i)) * get(factor + i) + get(shift + i);
           });
         }
@@ -430,9 +435,11 @@ void backward_across(const Backward<Number>& f) {
       if (!row) {
         a.row_groups(u, b, [&](auto group, const int64_t* offsets, int64_t j, int64_t n) {
           Number *to_first = first + j, *to_second = second + j;
+          const T *x = tensors.x + group * a.stride, *gy = tensors.gy + group * a.stride;
           with_z(u, j, 0, [&](auto d_of, auto z_of) {
             read_runs<loop.value, group.value>(f, tensors, offsets, n, d_of, z_of, [&](int64_t i, auto, auto&& visit) __attribute__((always_inline)) {
               W sum = get(to_first + i), products = get(to_second + i);
+              for (int r = 0; r < group; ++r) fetch(x + offsets[r] + i), fetch(gy + offsets[r] + i);
               for (int r = 0; r < group; ++r)
                 visit(r, [&](const W& d, const W& g) __attribute__((always_inline)) {
                   sum += g;
@@ -447,10 +454,12 @@ void backward_across(const Backward<Number>& f) {
         a.spans(u, b, [&](int64_t offset, int64_t j, int64_t n, int64_t param) {
           const Number *factor = columns.factor.get() + u * a.pitch + j, *shift = columns.shift.get() + u * a.pitch + j;
           Number *to_first = first + j, *to_second = second + j;
+          const T *x = tensors.x + offset + a.stride, *gy = tensors.gy + offset + a.stride;
           with_z(u, j, param, [&](auto d_of, auto z_of) {
             const W weight = step(f.weight ? f.weight[base + param] : Number(1));
             W row_g = step(0), row_gx = step(0);
             read_run<loop.value>(f, tensors, offset, n, d_of, z_of, [&](int64_t i, auto, const W& d, const W& g) __attribute__((always_inline)) {
+              fetch(x + i), fetch(gy + i);
               const W gw = g * weight;
               row_g += g;
               row_gx += g * (d * get(factor + i) + get(shift + i));
@@ -477,14 +486,17 @@ void backward_across(const Backward<Number>& f) {
       const int64_t base = a.param_base(u), c = u * a.pitch;
       a.spans(u, b, [&](int64_t offset, int64_t j, int64_t n, int64_t param) {
         const Number *sa = slopes.high.get() + c + j, *sb = slopes.factor.get() + c + j, *sc = slopes.shift.get() + c + j;
+        const T *x = tensors.x + offset + a.stride, *gy = tensors.gy + offset + a.stride;
         with_z(u, j, param, [&](auto d_of, auto z_of) {
           if (row) {
             const W weight = step(f.weight ? f.weight[base + param] : Number(1));
             write_gradients<loop.value>(f, tensors, offset, n, d_of, z_of, [=](int64_t i, const W& d, const W& g) __attribute__((always_inline)) {
+              fetch(x + i), fetch(gy + i);
               return g * weight * get(sa + i) + (d * get(sb + i) + get(sc + i));
             });
           } else {
             write_gradients<loop.value>(f, tensors, offset, n, d_of, z_of, [=](int64_t i, const W& d, const W& g) __attribute__((always_inline)) {
+              fetch(x + i), fetch(gy + i);
               return g * get(sa + i) + (d * get(sb + i) + get(sc + i));
             });
           }

@@ -112,6 +112,7 @@ void backward_rows(const Backward<Number>& f) {
       Line lines[rows];
       int64_t offsets[rows];
       W gw[rows], gwd[rows];
+      const T *x = tensors.x + rows * n, *gy = tensors.gy + rows * n;
       for (int r = 0; r < rows; ++r) {
         lines[r] = line(f.high[t + r], f.low[t + r], f.rstd[t + r], f.center, Number(1), Number(0));
         offsets[r] = (t + r) * n;
@@ -121,6 +122,7 @@ void backward_rows(const Backward<Number>& f) {
         [&](int r, int64_t i, const W& d) __attribute__((always_inline)) { return z_from(lines[r], i, d); },
         [&](int64_t i, auto, auto&& visit) __attribute__((always_inline)) {
           const W w = get(weight + i);
+          for (int r = 0; r < rows; ++r) fetch(x + offsets[r] + i), fetch(gy + offsets[r] + i);
           W sum_w = get(dw + i), sum_b = get(db + i);
           for (int r = 0; r < rows; ++r)
             visit(r, [&](const W& d, const W& g) __attribute__((always_inline)) {

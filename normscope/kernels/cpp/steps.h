@@ -85,6 +85,12 @@ struct Rest {
   }
 };
 
+// Asks for a step's lines of memory before they are needed.
+template <class T>
+NORMSCOPE_INLINE void fetch(const T* p) {
+  for (int64_t i = 0; i < kStep * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i);
+}
+
 // f(first cell, how to reach the cells) for each step of a run.
 template <class T, class F>
 NORMSCOPE_INLINE void steps(int64_t n, F&& f) {
