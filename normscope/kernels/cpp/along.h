@@ -8,6 +8,8 @@ struct Along {
   int64_t rows = p.row_count(), segments = (p.length + kSegment - 1) / kSegment, pieces = rows * segments;
   int64_t per_block = std::max<int64_t>(1, 8 * kSegment / std::min(p.length, kSegment));
   int64_t blocks = (pieces + per_block - 1) / per_block;
+  // Where runs lie apart, how far the next one is, of which memory is asked meanwhile: processors see no further than a page.
+  int64_t ahead = rows > 1 && p.rows[1].stride > p.length ? p.rows[1].stride : 0;
 
   // body(offset in x, first cell of the run, cells, offset of the row's parameter) for each piece of a block.
   template <class F>
@@ -44,12 +46,14 @@ struct RunParams {
 };
 
 // Σ(x − shift), Σ(x − shift)² of a run, in two levels: where the data lie on a grid, the roundings of one long float sum
-// all point the same way (2.6e-7 of the variance after 64 terms); after 8 terms and 8 sums they do not show.
+// all point the same way (2.6e-7 of the variance after 64 terms); after 8 terms and 8 sums they do not show. What lies
+// `ahead` is asked for, if anything.
 template <bool masked, class T>
-NORMSCOPE_INLINE void run_squares(const T* x, const uint8_t* mask, int64_t n, Number shift, W& first, W& second) {
+NORMSCOPE_INLINE void run_squares(const T* x, const uint8_t* mask, int64_t n, Number shift, int64_t ahead, W& first, W& second) {
   const W s = step(shift);
   W a, b;
   auto add = [&](int64_t i, auto cells) __attribute__((always_inline)) {
+    if (ahead) fetch<2>(x + ahead + i);
     W d = cells.keep(cells.load(x + i) - s);
     if constexpr (masked) d = d & cells.mask(mask + i);
     a += d;
@@ -70,9 +74,9 @@ NORMSCOPE_INLINE void run_squares(const T* x, const uint8_t* mask, int64_t n, Nu
   second += b;
 }
 template <class T>
-Sums run_squares(const T* x, const uint8_t* mask, int64_t n, Number shift) {
+Sums run_squares(const T* x, const uint8_t* mask, int64_t n, Number shift, int64_t ahead) {
   W first, second;
-  mask ? run_squares<true>(x, mask, n, shift, first, second) : run_squares<false>(x, mask, n, shift, first, second);
+  mask ? run_squares<true>(x, mask, n, shift, ahead, first, second) : run_squares<false>(x, mask, n, shift, ahead, first, second);
   int64_t count = n;
   if (mask) {
     count = 0;
@@ -85,7 +89,7 @@ Sums run_squares(const T* x, const uint8_t* mask, int64_t n, Number shift) {
 template <class T>
 Number run_guess(const T* x, const uint8_t* mask, int64_t n) {
   if (mask) {
-    const Sums s = run_squares(x, mask, std::min<int64_t>(n, 64), Number(0));
+    const Sums s = run_squares(x, mask, std::min<int64_t>(n, 64), Number(0), 0);
     return s.count > 0 ? static_cast<Number>(s.first / s.count) : Number(0);
   }
   if (n < kStep) return rough_sum(Rest<T>{static_cast<int>(n)}.load(x)) / static_cast<Number>(n);
@@ -114,7 +118,7 @@ void forward_along(const Forward<Number>& f) {
     Sums sums;
     whole.block(b, [&](int64_t offset, int64_t, int64_t n, int64_t) {
       offset += base;
-      sums += run_squares(tensors.x + offset, counts ? tensors.mask + offset : nullptr, n, shifts[t]);
+      sums += run_squares(tensors.x + offset, counts ? tensors.mask + offset : nullptr, n, shifts[t], whole.ahead);
     });
     first[t * blocks + b] = sums.first, second[t * blocks + b] = sums.second;
     if (counts) kept[t * blocks + b] = sums.count;
@@ -278,11 +282,14 @@ void backward_along(const Backward<Number>& f) {
       along.block(b, [&](int64_t offset, int64_t j, int64_t n, int64_t row) {
         const int64_t at = task.param + row;
         W first = step(0), second = step(0);
+        const int64_t ahead = along.ahead;
+        const T *x = tensors.x + offset + task.stride + ahead, *gy = tensors.gy + offset + task.stride + ahead;
         with_z(t, at, j, [&](auto d_of, auto z_of) {
           if (inner) {
             const Number* weight = params.weight.get() + params.place(at) + j;
             Number *pw = dw ? dw + params.place(row) + j : nullptr, *pb = dw ? db + params.place(row) + j : nullptr;
             read_run<loop.value>(f, tensors, offset + task.stride, n, d_of, z_of, [&](int64_t i, auto, const W& d, const W& g) __attribute__((always_inline)) {
+              if (ahead) fetch<2>(x + i), fetch<2>(gy + i);
               if (pw) {
                 put(pw + i, get(pw + i) + g * (d * scale + rest));
                 put(pb + i, get(pb + i) + g);
@@ -292,7 +299,8 @@ void backward_along(const Backward<Number>& f) {
               second += gw * d;
             });
           } else {
-            read_run<loop.value>(f, tensors, offset + task.stride, n, d_of, z_of, [&](int64_t, auto, const W& d, const W& g) __attribute__((always_inline)) {
+            read_run<loop.value>(f, tensors, offset + task.stride, n, d_of, z_of, [&](int64_t i, auto, const W& d, const W& g) __attribute__((always_inline)) {
+              if (ahead) fetch<2>(x + i), fetch<2>(gy + i);
               first += g;
               second += g * d;
             });

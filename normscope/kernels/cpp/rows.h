@@ -28,7 +28,7 @@ void forward_rows(const Forward<Number>& f) {
     if (f.addend) tensors.add(begin * n, count * n);
     auto squares = [&](int64_t r) __attribute__((always_inline)) {
       W deviation, squared;
-      run_squares<false>(x + r * n, nullptr, n, shift[r], deviation, squared);
+      run_squares<false>(x + r * n, nullptr, n, shift[r], 0, deviation, squared);
       first.put(r, deviation);
       second.put(r, squared);
     };

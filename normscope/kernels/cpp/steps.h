@@ -85,10 +85,10 @@ struct Rest {
   }
 };
 
-// Asks for a step's lines of memory before they are needed.
-template <class T>
+// Asks for a step's lines of memory before they are needed: into the nearest cache (3), or the one behind it (2).
+template <int level = 3, class T>
 NORMSCOPE_INLINE void fetch(const T* p) {
-  for (int64_t i = 0; i < kStep * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i);
+  for (int64_t i = 0; i < kStep * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i, 0, level);
 }
 
 // f(first cell, how to reach the cells) for each step of a run.
