@@ -341,7 +341,7 @@ void backward_along(const Backward<Number>& f) {
       auto body = [&](int64_t begin, int64_t end) {
         sweep_in_cache(begin * group, std::min(tasks, end * group), 1, p.cells(), nothing, reduce, finish, apply);
       };
-      parallel_for(groups, std::max<int64_t>(1, kGrain / std::max<int64_t>(p.cells() * group, 1)), body);
+      parallel_for(groups, std::max<int64_t>(1, kGrain / ((p.cells() + kSetCells) * group)), body);
     }
   });
   sums.into(f, p.param_count(), inner ? p.param_count() / p.length * pitch : p.param_count(),

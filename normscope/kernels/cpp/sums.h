@@ -215,7 +215,7 @@ void sweep(const Plan& p, int64_t tasks, int64_t blocks, int64_t cells, bool giv
            Finish&& finish, Apply&& apply) {
   if (p.fused(tasks, cells)) {
     auto body = [&](int64_t begin, int64_t end) { sweep_in_cache(begin, end, blocks, cells, prepare, statistics, finish, apply); };
-    parallel_for(tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(cells, 1)), body);
+    parallel_for(tasks, std::max<int64_t>(1, kGrain / (cells + (given ? 0 : kSetCells) + 1)), body);
     return;
   }
   const int64_t grain = std::max<int64_t>(1, kGrain * blocks / std::max<int64_t>(cells, 1));
