@@ -838,6 +838,21 @@ def test_a_converted_checkpoint_is_read_safely_and_built_again(call, tmp_path):
         ns.load(lambda: nn.Sequential(nn.Linear(3, 3)), tmp_path / "gn.pt")
 
 
+def test_data_held_out_decide_whether_a_checkpoint_is_written(call, tmp_path):
+    rule = ("--rule", "BatchNorm=GroupNorm(24)", "--data", "loader", "--held", "loader", "-o", "gn.pt")
+    assert call(*rule).exit_code == 0  # the calibration's own data: exact
+    (tmp_path / "gn.pt").unlink()
+    (tmp_path / "theirs_to_convert.py").write_text(THEIRS + "def other(): return [(torch.rand(8, 3, 9, 9), None)]\n")
+    sys.modules.pop("theirs_to_convert", None)
+    other = tuple("other" if part == "loader" and rule[i - 1] == "--held" else part for i, part in enumerate(rule))
+    result = call(*other)
+    assert result.exit_code == 2, result.output
+    assert "held out" in result.output
+    assert not (tmp_path / "gn.pt").exists()
+    assert call(*other, "--within", "1e9").exit_code == 0
+    assert call(*rule[:2], "--held", "loader", "-o", "gn.pt").exit_code == 2  # nothing is calibrated
+
+
 def test_exit_codes_of_convert(call, tmp_path):
     result = call("--rule", "BatchNorm=GroupNorm(32)", "-o", "gn.pt")
     assert result.exit_code == 1

@@ -49,6 +49,8 @@ OPTIONS = {
     "plain": {},
     "activation and residual": {"activation": "silu", "residual": True},
     "relu": {"activation": "relu"},
+    "sum": {"residual": True},
+    "relu of a sum": {"activation": "relu", "residual": True},
     "not centred": {"center": False},
     "not scaled": {"scale": False},
     "given moments": {"moments": True},
@@ -273,6 +275,17 @@ def test_a_bad_first_guess_of_the_mean_is_mended():
         error = np.abs(ns.normalize(x.contiguous(memory_format=layout), "[n] c [h w]").double().numpy() - expected)
         # Four roundings of values up to 50.
         assert error.max() < 4 * 50 * 2**-24
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", [CONTIGUOUS, LAST], ids=["along", "across"])
+def test_nothing_of_an_infinite_gradient_passes_a_closed_gate(layout, masked, dtype):
+    x = torch.randn(3, 4, 17, 19).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    mask = torch.rand(3, 1, 17, 19) < 0.8 if masked else None
+    y = ns.normalize(x, "[n] c [h w]", activation="relu", mask=mask)
+    (dx,) = torch.autograd.grad(y, x, torch.where(y > 0, 1.0, torch.inf).to(dtype))
+    assert dx.isfinite().all()
 
 
 def test_a_tensor_that_does_not_match_its_plan_is_refused():

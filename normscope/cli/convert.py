@@ -34,15 +34,22 @@ class _Rule(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="Checkpoint to load into the model.")
 @click.option("--data", metavar="TARGET", help="The loader, or a function that builds it, for the calibration.")
-@click.option("--batches", type=click.IntRange(1), default=8, show_default=True, help="How many of its batches to use.")
+@click.option("--held", metavar="TARGET", help="Other data, on which the calibration is judged.")
+@click.option(
+    "--within", type=click.FloatRange(0, min_open=True), default=0.05, show_default=True,
+    help="How far moments may be off there; beyond it nothing is written.",
+)  # fmt: skip
+@click.option(
+    "--batches", type=click.IntRange(1), default=8, show_default=True, help="How many batches of a loader to use."
+)
 @click.option("--nearest", is_flag=True, help="Take the nearest number of groups where one does not fit.")
 @click.option("--forward", metavar="TARGET", help="forward(model, batch); default: the first element of the batch.")
 @click.option(
     "-o", "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Checkpoint to write."
 )
 def convert(
-    model: str, rules: tuple[tuple[str, str | None], ...], weights: Path | None, data: str | None, batches: int,
-    nearest: bool, forward: str | None, out: Path,
+    model: str, rules: tuple[tuple[str, str | None], ...], weights: Path | None, data: str | None, held: str | None,
+    within: float, batches: int, nearest: bool, forward: str | None, out: Path,
 ) -> None:  # fmt: skip
     r"""Replace normalizers of MODEL by rule, calibrate them on data, and write a checkpoint.
 
@@ -62,11 +69,12 @@ def convert(
     with progress("building the model"):
         built = load.build_model(model)
         load.weights(built, weights)
-        loader = None if data is None else load.build_loader(data, model)
+        loader, other = (None if target is None else load.build_loader(target, model) for target in (data, held))
     with progress("converting"), load.their_code():
         report = convert_model(
-            built, rules, calibrate=loader, batches=batches, nearest=nearest, forward=load.function(forward, model)
-        )
+            built, rules, calibrate=loader, held=other, within=within, batches=batches, nearest=nearest,
+            forward=load.function(forward, model),
+        )  # fmt: skip
     if report.model is not built:
         raise ArgumentError("the model is a normalizer itself", cure="name a model that has normalizers in it")
     click.echo(str(report))

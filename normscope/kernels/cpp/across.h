@@ -149,7 +149,7 @@ void column_squares(const Across<T>& a, const T* x, const uint8_t* mask, int64_t
       W sum = get(sums + i), square = get(squares + i);
       const W high = get(centre + i);
       for (int r = 0; r < group; ++r) {
-        fetch(x + offsets[r] + ahead + i);
+        fetch<2>(x + offsets[r] + ahead + i);
         W d = cells.load(x + offsets[r] + i) - high;
         if constexpr (masked) {
           const M m = cells.mask(mask + offsets[r] + i);
@@ -439,7 +439,7 @@ void backward_across(const Backward<Number>& f) {
           with_z(u, j, 0, [&](auto d_of, auto z_of) {
             read_runs<loop.value, group.value>(f, tensors, offsets, n, d_of, z_of, [&](int64_t i, auto, auto&& visit) __attribute__((always_inline)) {
               W sum = get(to_first + i), products = get(to_second + i);
-              for (int r = 0; r < group; ++r) fetch(x + offsets[r] + i), fetch(gy + offsets[r] + i);
+              for (int r = 0; r < group; ++r) fetch<2>(x + offsets[r] + i), fetch<2>(gy + offsets[r] + i);
               for (int r = 0; r < group; ++r)
                 visit(r, [&](const W& d, const W& g) __attribute__((always_inline)) {
                   sum += g;

@@ -19,7 +19,7 @@ struct Axis {
 };
 
 constexpr int64_t kGrain = 1 << 15;       // cells below which a second thread costs more than it brings
-constexpr int64_t kSetCells = 96;       // as many cells take as long as what a set costs beside them
+constexpr int64_t kSetCells = 96;         // as many cells take as long as what a set costs beside them
 constexpr int64_t kStreamFrom = 4 << 20;  // bytes from which an output is written past the caches
 
 struct Plan {

@@ -122,7 +122,7 @@ void backward_rows(const Backward<Number>& f) {
         [&](int r, int64_t i, const W& d) __attribute__((always_inline)) { return z_from(lines[r], i, d); },
         [&](int64_t i, auto, auto&& visit) __attribute__((always_inline)) {
           const W w = get(weight + i);
-          for (int r = 0; r < rows; ++r) fetch(x + offsets[r] + i), fetch(gy + offsets[r] + i);
+          for (int r = 0; r < rows; ++r) fetch<2>(x + offsets[r] + i), fetch<2>(gy + offsets[r] + i);
           W sum_w = get(dw + i), sum_b = get(db + i);
           for (int r = 0; r < rows; ++r)
             visit(r, [&](const W& d, const W& g) __attribute__((always_inline)) {

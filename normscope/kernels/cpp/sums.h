@@ -30,11 +30,12 @@ Buffer<T> zeros(int64_t count) {
   return b;
 }
 
-// What a loop over cells has to look at. The first three are written without a question per cell: with them, a step of a
+// What a loop over cells has to look at. All but the last are written without a question per cell: with them, a step of a
 // ReLU was 50 to 60 instructions instead of 16, and fewer of memory's answers were waited for at once.
 enum class Loop {
   plain,     // y = z
   relu,      // y = max(z, 0); its gate is computed again from x
+  sum,       // y = z + residual; backward as plain
   residual,  // y = max(z + residual, 0), which is the gate; both gradients are wanted
   any,       // whatever there is: a mask, a function over a run of z in cache …
 };
@@ -81,7 +82,7 @@ static_assert(sizeof(kActivations) / sizeof(kActivations[0]) == kActivationCount
 
 inline Loop loop_of(const Forward<Number>& f) {
   if (f.mask || f.activation > 1) return Loop::any;
-  return f.residual ? f.activation == 1 ? Loop::residual : Loop::any : f.activation == 1 ? Loop::relu : Loop::plain;
+  return f.residual ? f.activation == 1 ? Loop::residual : Loop::sum : f.activation == 1 ? Loop::relu : Loop::plain;
 }
 inline Loop loop_of(const Backward<Number>& f) {
   if (f.mask || f.activation > 1) return Loop::any;
@@ -97,6 +98,9 @@ void with_loop(const Pass& f, F&& body) {
     case Loop::plain: return body(std::integral_constant<Loop, Loop::plain>{});
     case Loop::relu: return body(std::integral_constant<Loop, Loop::relu>{});
     case Loop::residual: return body(std::integral_constant<Loop, Loop::residual>{});
+    case Loop::sum:
+      if constexpr (std::is_same_v<Pass, Forward<Number>>) return body(std::integral_constant<Loop, Loop::sum>{});
+      [[fallthrough]];
     case Loop::any: return body(std::integral_constant<Loop, Loop::any>{});
   }
 }
@@ -215,7 +219,7 @@ void sweep(const Plan& p, int64_t tasks, int64_t blocks, int64_t cells, bool giv
            Finish&& finish, Apply&& apply) {
   if (p.fused(tasks, cells)) {
     auto body = [&](int64_t begin, int64_t end) { sweep_in_cache(begin, end, blocks, cells, prepare, statistics, finish, apply); };
-    parallel_for(tasks, std::max<int64_t>(1, kGrain / (cells + (given ? 0 : kSetCells) + 1)), body);
+    parallel_for(tasks, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cells + (given ? 0 : kSetCells))), body);
     return;
   }
   const int64_t grain = std::max<int64_t>(1, kGrain * blocks / std::max<int64_t>(cells, 1));
@@ -305,8 +309,9 @@ NORMSCOPE_INLINE void write_run(const Forward<Number>& f, const ForwardTensors<T
   auto write = [&](auto past) __attribute__((always_inline)) {
     steps<T>(n, [&](int64_t i, auto cells) __attribute__((always_inline)) {
       W z = z_of(i, cells);
-      if constexpr (loop == Loop::residual) z += cells.load(residual + i);
-      cells.store(y + i, loop == Loop::plain ? z : relu(z), past.value);
+      if constexpr (loop == Loop::sum || loop == Loop::residual) z += cells.load(residual + i);
+      if constexpr (loop == Loop::relu || loop == Loop::residual) z = relu(z);
+      cells.store(y + i, z, past.value);
     });
   };
   streamed ? write(std::true_type{}) : write(std::false_type{});
