@@ -110,6 +110,9 @@ def truth(x, pattern, tensors, options, sizes, dy):
 def test_against_the_oracle(case, option, dtype):
     x, pattern, tensors, options, sizes = operands(case, dtype, option)
     dy = torch.randn(x.shape).to(dtype)
+    if options.get("activation") == "relu":  # at the kink a rounding of z may open or close the gate
+        z = truth(x, pattern, tensors, {**options, "activation": None}, sizes, dy)["y"]
+        dy[torch.from_numpy(np.abs(z) < 1e-5)] = 0
     got, want = run(x, pattern, tensors, options, sizes, dy), truth(x, pattern, tensors, options, sizes, dy)
     for name, expected in want.items():
         value = got[name].double().numpy()
@@ -121,12 +124,6 @@ def test_against_the_oracle(case, option, dtype):
         if got[name].dtype == torch.bfloat16:
             tolerance = np.maximum(np.abs(expected) * 2**-8, tolerance + 2**-8 * largest * 1e-3)
         worst = np.abs(value - expected) - tolerance
-        if options.get("activation") == "relu":  # at the kink a rounding of z may open or close the gate
-            worst = (
-                worst[np.abs(value - expected) < largest / 2]
-                if np.mean(np.abs(value - expected) >= largest / 2) < 1e-5
-                else worst
-            )
         assert not np.any(~(worst <= 0)), f"{name}: {worst.max():.1e} beyond the tolerance, largest value {largest:.1e}"
 
 
