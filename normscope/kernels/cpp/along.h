@@ -327,7 +327,7 @@ void backward_along(const Backward<Number>& f) {
             });
           } else {
             const W sa = step(slopes[t].a * (f.weight ? f.weight[at] : Number(1)));
-            write_gradients<loop.value>(f, tensors, offset + task.stride, n, d_of, z_of, [=](int64_t i, const W& d, const W& g) __attribute__((always_inline)) {
+            write_gradients<loop.value>(f, tensors, offset + task.stride, n, d_of, z_of, [=](int64_t, const W& d, const W& g) __attribute__((always_inline)) {
               return g * sa + (d * sb + sc);
             });
           }
